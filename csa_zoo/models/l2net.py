@@ -203,8 +203,8 @@ class L2Net(nn.Module):
         if not self.global_pool:
             return x
         x = self.layer7(self.drop(x)).flatten(1)
-        squares = x.float()
-        x = (squares * torch.rsqrt((squares * squares).sum(1, keepdim=True) + 1e-10)).to(x.dtype)
+        x = x.float()  # also under autocast, where a rounded descriptor would not be of unit length
+        x = (x * torch.rsqrt((x * x).sum(1, keepdim=True) + 1e-10)).to(self.layer7[0].weight.dtype)
         return x if pre_logits else self.fc(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

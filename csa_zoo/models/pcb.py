@@ -248,13 +248,13 @@ class PCB(ResNet):
         parts = self.global_pool(features)
         if self.descriptor == 'reduced':
             parts = self.head.reduce(parts)
+        parts = parts.float()  # also under autocast, where a rounded descriptor would not be of unit length
         if self.norm == 'part':
-            # in float32, since a half-precision sum of squares can overflow
-            parts = (F.normalize(parts.float(), dim=2) / math.sqrt(self.num_parts)).to(parts.dtype)
+            parts = F.normalize(parts, dim=2) / math.sqrt(self.num_parts)
         flat = parts.flatten(1)
         if self.norm == 'global':
-            flat = F.normalize(flat.float(), dim=1).to(flat.dtype)
-        return flat
+            flat = F.normalize(flat, dim=1)
+        return flat.to(self.head.reduction.weight.dtype)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Descriptor if `pre_logits` or without classes, the mean of the parts' logits otherwise."""

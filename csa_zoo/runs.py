@@ -1,0 +1,152 @@
+"""The folder of a training run: weights that timm loads, metrics, recipe, curves, and a state to resume from."""
+
+import copy
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import nn
+
+from .recipes import RECIPE_FILE, Launch, save_recipe
+
+HISTORY, METRICS, CURVES, STATES = 'history.jsonl', 'metrics.json', 'curves.png', 'state'
+
+
+class Run:
+    """One training run: its folder, and how far it has got.
+
+    Attributes:
+        folder: Where everything is written.
+        history: One dict per finished epoch, with the epoch's number under `epoch`.
+    """
+
+    def __init__(self, accelerator: Accelerator, folder: Path, history: list[dict[str, float]]):
+        self.accelerator = accelerator
+        self.folder = folder
+        self.history = history
+
+    @classmethod
+    def open(cls, accelerator: Accelerator, recipe: Any, launch: Launch) -> 'Run':
+        """Make the folder of a new run, or take up a run at its last saved state.
+
+        Call it after `accelerator.prepare`: all that is prepared, and the state of random numbers, is loaded from the
+        saved state.
+
+        Args:
+            accelerator: Of this process.
+            recipe: Recipe to write into a new folder.
+            launch: Where, and whether to resume.
+
+        Raises:
+            FileExistsError: If the folder of a new run holds a run already.
+        """
+        if launch.resume:
+            return cls._resume(accelerator, launch.resume)
+        chosen = [launch.output or _free_folder(Path('runs') / launch.name)]
+        folder = broadcast_object_list(chosen)[0]  # every process looks, the first one's answer holds
+        if (folder / RECIPE_FILE).exists():
+            raise FileExistsError(
+                f'{folder} holds a run: continue it with --resume {folder}, or choose another --output'
+            )
+        accelerator.wait_for_everyone()  # all have looked before one writes
+        if accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_recipe(recipe, folder / RECIPE_FILE)
+        accelerator.wait_for_everyone()
+        return cls(accelerator, folder, [])
+
+    @classmethod
+    def _resume(cls, accelerator: Accelerator, folder: Path) -> 'Run':
+        states = sorted(path for path in (folder / STATES).glob('epoch_*') if path.suffix != '.tmp')
+        if not states:  # killed in its first epoch
+            return cls(accelerator, folder, [])
+        accelerator.load_state(str(states[-1]))
+        history = [json.loads(line) for line in (states[-1] / HISTORY).read_text().splitlines()]
+        return cls(accelerator, folder, history)
+
+    @property
+    def epoch(self) -> int:
+        """Number of finished epochs, which is the number of the next one from 0."""
+        return len(self.history)
+
+    def finish_epoch(self, record: dict[str, float]) -> None:
+        """Note an epoch and save the state after it.
+
+        The state is written beside the old one and takes its place only when complete, so that a kill at any time
+        leaves a state to resume from.
+        """
+        self.history.append({'epoch': self.epoch + 1, **record})
+        target = self.folder / STATES / f'epoch_{self.epoch:04d}'
+        partial = target.with_suffix('.tmp')
+        self.accelerator.save_state(str(partial))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            lines = ''.join(json.dumps(line) + '\n' for line in self.history)
+            (partial / HISTORY).write_text(lines)
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(partial, target)
+            _replace(self.folder / HISTORY, lines)
+            for old in target.parent.iterdir():
+                if old != target:
+                    shutil.rmtree(old)
+            self._plot()
+        self.accelerator.wait_for_everyone()
+
+    def save_model(self, model: nn.Module, model_args: dict[str, Any], data_config: dict[str, Any]) -> None:
+        """Write `model.safetensors` and `config.json`: `timm.create_model('local-dir:FOLDER', pretrained=True)`.
+
+        Args:
+            model: The timm model, unwrapped.
+            model_args: Arguments that it was made with, besides the defaults of its name.
+            data_config: What its preprocessing differs in from the name's defaults, such as `input_size`.
+        """
+        if self.accelerator.is_main_process:
+            # safetensors wants contiguous tensors, training may have made them channels_last
+            exported = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format)
+            exported.pretrained_cfg = {**exported.pretrained_cfg, **data_config, 'num_classes': model.num_classes}
+            partial = self.folder / 'model.tmp'
+            timm.models.save_for_hf(exported, str(partial), model_args=model_args, safe_serialization=True)
+            for file in partial.iterdir():
+                os.replace(file, self.folder / file.name)
+            partial.rmdir()
+        self.accelerator.wait_for_everyone()
+
+    def save_metrics(self, metrics: dict[str, Any]) -> None:
+        """Write `metrics.json`."""
+        if self.accelerator.is_main_process:
+            _replace(self.folder / METRICS, json.dumps(metrics, indent=2) + '\n')
+
+    def _plot(self) -> None:
+        """Draw every figure of the history against epochs, one panel each."""
+        from matplotlib.figure import Figure  # without pyplot there is no display and no global state
+
+        names = [name for name in self.history[-1] if name not in ('epoch', 'seconds')]
+        figure = Figure(figsize=(3.2 * len(names), 2.6), layout='constrained')
+        epochs = [record['epoch'] for record in self.history]
+        for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+            axes.plot(epochs, [record.get(name) for record in self.history], marker='.')
+            axes.set(title=name.replace('_', ' '), xlabel='epoch')
+            axes.grid(alpha=0.3)
+        partial = self.folder / 'curves.tmp.png'
+        figure.savefig(partial, dpi=120)
+        os.replace(partial, self.folder / CURVES)
+
+
+def _free_folder(folder: Path) -> Path:
+    number, free = 1, folder
+    while free.exists():
+        number += 1
+        free = folder.with_name(f'{folder.name}-{number}')
+    return free
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + '.tmp')
+    partial.write_text(text)
+    os.replace(partial, path)

@@ -1,0 +1,256 @@
+"""Train and evaluate a local descriptor.
+
+With no argument: `l2net_hardnet_csa` on the photographs that come with scikit-image, tested on others of them.
+
+    accelerate launch train/descriptor.py
+    accelerate launch train/descriptor.py --config train/recipes/brown/hardnet_csa.yaml --train liberty --test yosemite
+    accelerate launch train/descriptor.py --train my/photographs --test other/photographs
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+from torch.nn import SyncBatchNorm
+from torch.optim.lr_scheduler import LinearLR
+from tqdm.auto import tqdm
+
+import csa_zoo
+from csa_zoo.data.patches import PairBatches, PatchSet, concatenate, load_phototour, verification_pairs
+from csa_zoo.data.photographs import bundled_photographs, cut_photographs
+from csa_zoo.embedding import embed
+from csa_zoo.evaluation.patches import fpr_at_recall
+from csa_zoo.losses import HardNetLoss, RALLoss
+from csa_zoo.recipes import RecipeParser
+from csa_zoo.runs import Run
+
+DEFAULT_RECIPE = Path(__file__).parent / 'recipes' / 'photographs.yaml'
+
+
+@dataclass
+class Recipe:
+    """Everything that decides the outcome of a run."""
+
+    model: str = 'l2net_hardnet_csa'
+    """Name of a descriptor model in timm's registry."""
+    attn_stages: list[int] | None = None
+    """Layers that attention follows, from 0; the model's own choice (the third) if not given."""
+    attn_kwargs: dict[str, int | float | bool] = field(default_factory=dict)
+    """Arguments of the attention module, such as {"num_maps": 32, "groups": 1}."""
+    model_args: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the model."""
+    loss: Literal['hardnet', 'ral'] = 'hardnet'
+    """Loss, with the hardest negative in the batch."""
+    train: list[str] = field(default_factory=list)
+    """Folders to train on, in PhotoTour format or with photographs; scikit-image's photographs if none."""
+    test: list[str] = field(default_factory=list)
+    """Folders to test on, each by itself; scikit-image's other photographs if none."""
+    views: int = 6
+    """Simulated views of each keypoint of a photograph."""
+    points_per_photo: int = 800
+    """Most keypoints taken from one photograph."""
+    epochs: int = 10
+    """Epochs of training."""
+    pairs_per_epoch: int = 5_000_000
+    """Pairs drawn in an epoch."""
+    batch_size: int = 1024
+    """Pairs in a batch, over all processes; the negatives are sought among them."""
+    learning_rate: float = 10.0
+    """Initial learning rate, linear to 0. With a dampening of 0.9 it acts like a tenth of it without."""
+    momentum: float = 0.9
+    """Of SGD."""
+    dampening: float = 0.9
+    """Of SGD's momentum, 0.9 in the released code of HardNet and RAL-Net."""
+    weight_decay: float = 1e-4
+    """Of all parameters."""
+    attn_learning_rate_scale: float = 1.0
+    """Factor on the learning rate of the attention, which no batch norm keeps in scale."""
+    augmentation: Literal['hardnet', 'dihedral'] | None = 'hardnet'
+    """Flips, the same for both patches of a pair: half of the eight symmetries, or all."""
+    mixed_precision: Literal['no', 'bf16', 'fp16'] | None = None
+    """Precision of the network; the launcher's choice if not given."""
+    channels_last: bool = False
+    """Keep channels last in memory."""
+    compile: bool = False
+    """Compile the network."""
+    seed: int = 0
+    """Seed of initialisation, sampling and augmentation."""
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Train as the command line says; returns the metrics that it writes."""
+    recipe, launch = RecipeParser(Recipe, __doc__, DEFAULT_RECIPE).parse_recipe(argv)
+    accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
+    set_seed(recipe.seed)
+
+    batches = training_batches(recipe, accelerator)
+    tests = test_sets(recipe)
+    model_args = model_arguments(recipe)
+    model = timm.create_model(recipe.model, **model_args)
+    if recipe.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if accelerator.num_processes > 1 and accelerator.device.type == 'cuda':
+        model = SyncBatchNorm.convert_sync_batchnorm(model)
+    optimizer = torch.optim.SGD(
+        parameter_groups(model, recipe),
+        momentum=recipe.momentum,
+        dampening=recipe.dampening,
+        weight_decay=recipe.weight_decay,
+    )
+    schedule = LinearLR(optimizer, 1.0, 0.0, total_iters=recipe.epochs * len(batches))
+    accelerator.register_for_checkpointing(schedule)  # not prepared: that would step it once for each process
+    net, optimizer = accelerator.prepare(torch.compile(model) if recipe.compile else model, optimizer)
+    loss_function = HardNetLoss() if recipe.loss == 'hardnet' else RALLoss()
+
+    set_seed(recipe.seed, device_specific=True)  # dropout differs between processes, initial weights did not
+    run = Run.open(accelerator, recipe, launch)
+    accelerator.print(
+        f'Training {recipe.model} with the {recipe.loss} loss: {recipe.epochs} epochs of {len(batches)} batches of '
+        f'{recipe.batch_size} pairs on {accelerator.num_processes} x {accelerator.device.type}.\n'
+        f'Writing to {run.folder}; if this is interrupted, continue with --resume {run.folder}'
+    )
+    while run.epoch < recipe.epochs:
+        started = time.perf_counter()
+        loss = train_epoch(accelerator, net, loss_function, optimizer, schedule, batches, run.epoch)
+        seconds = time.perf_counter() - started
+        run.finish_epoch({'loss': loss, **evaluate(accelerator, model, tests), 'seconds': seconds})
+        run.save_model(model, model_args, {})
+    return report(accelerator, run, recipe)
+
+
+def training_batches(recipe: Recipe, accelerator: Accelerator) -> PairBatches:
+    """The patches to train on, on the device, and how batches are drawn from them."""
+    with accelerator.main_process_first():  # the others find the cache
+        patches = load_patches(recipe.train or bundled_photographs()['train'], recipe)
+    return PairBatches(
+        patches.to(accelerator.device),
+        recipe.batch_size,
+        pairs_per_epoch=recipe.pairs_per_epoch,
+        aug=recipe.augmentation,
+        seed=recipe.seed,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+    )
+
+
+def test_sets(recipe: Recipe) -> dict[str, PatchSet]:
+    """Patch sets with verification pairs, by name."""
+    if not recipe.test:
+        patches = load_patches(bundled_photographs()['test'], recipe)
+        return {'photographs': replace(patches, pairs=verification_pairs(patches, 10_000))}
+    tests = {}
+    for folder in recipe.test:
+        patches = load_patches([folder], recipe)
+        tests[Path(folder).name] = replace(patches, pairs=patches.pairs or verification_pairs(patches, 10_000))
+    return tests
+
+
+def load_patches(sources: Sequence[str | Path], recipe: Recipe) -> PatchSet:
+    """Patches of PhotoTour folders, which have an `info.txt`, and of photographs."""
+    tours = [source for source in sources if (Path(source) / 'info.txt').is_file()]
+    photographs = [source for source in sources if source not in tours]
+    sets = [load_phototour(tour) for tour in tours]
+    if photographs:
+        sets.append(cut_photographs(photographs, views=recipe.views, points_per_photo=recipe.points_per_photo))
+    return concatenate(sets)
+
+
+def model_arguments(recipe: Recipe) -> dict[str, Any]:
+    """Arguments of the model that differ from the defaults of its name."""
+    given = {'attn_stages': recipe.attn_stages, 'attn_kwargs': recipe.attn_kwargs}
+    return {**recipe.model_args, **{name: value for name, value in given.items() if value}}
+
+
+def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """The attention's parameters apart, with their own learning rate."""
+    attention = {id(p) for name, p in model.named_parameters() if {'csa', 'sa'} & set(name.split('.'))}
+    rate = recipe.learning_rate
+    groups = [
+        {'params': [p for p in model.parameters() if id(p) not in attention], 'lr': rate},
+        {
+            'params': [p for p in model.parameters() if id(p) in attention],
+            'lr': rate * recipe.attn_learning_rate_scale,
+        },
+    ]
+    return [group for group in groups if group['params']]
+
+
+def train_epoch(
+    accelerator: Accelerator,
+    net: nn.Module,
+    loss_function: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: LinearLR,
+    batches: PairBatches,
+    epoch: int,
+) -> float:
+    """One epoch; returns its mean loss."""
+    net.train()
+    total = torch.zeros((), device=accelerator.device)
+    bar = tqdm(batches.epoch(epoch), f'epoch {epoch + 1}', len(batches), disable=not accelerator.is_main_process)
+    for step, (anchors, positives) in enumerate(bar, 1):
+        # one forward pass for both: fewer kernels, and one set of batch statistics
+        descriptors = net(torch.cat([anchors, positives]))
+        loss = loss_function(*descriptors.chunk(2))
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        total += loss.detach() / accelerator.num_processes
+        if step % 20 == 0 or step == len(batches):  # now and then, since reading the loss waits for the device
+            bar.set_postfix(loss=f'{total.item() / step:.4f}')
+            if not torch.isfinite(total):
+                raise FloatingPointError(
+                    f'the loss is {total.item()} in epoch {epoch + 1}: lower --learning_rate or '
+                    '--attn_learning_rate_scale; the state after the last epoch is kept for --resume'
+                )
+    return total.item() / len(batches)
+
+
+def evaluate(accelerator: Accelerator, model: nn.Module, tests: dict[str, PatchSet]) -> dict[str, float]:
+    """False positive rate at 95 % recall on each test set, in [0, 1]."""
+    metrics = {}
+    for name, patches in tests.items():
+        descriptors = embed(model, patches.patches, scale_patches, accelerator, 1024, f'testing on {name}')
+        first, second, is_match = patches.pairs
+        distances = (descriptors[first] - descriptors[second]).norm(dim=1)
+        metrics[f'fpr95_{name}'] = fpr_at_recall(distances, is_match)
+    return metrics
+
+
+def scale_patches(patches: torch.Tensor) -> torch.Tensor:
+    """(B, S, S) uint8 to (B, 1, S, S) in [0, 1]."""
+    return patches.unsqueeze(1).float() / 255
+
+
+def report(accelerator: Accelerator, run: Run, recipe: Recipe) -> dict[str, float]:
+    """Write `metrics.json` and print the table."""
+    last = run.history[-1]
+    metrics = {name: value for name, value in last.items() if name.startswith('fpr95')}
+    run.save_metrics(
+        {
+            'model': recipe.model,
+            'task': 'patch-verification',
+            'metrics': metrics,
+            'epochs': run.epoch,
+            'train_seconds': sum(record['seconds'] for record in run.history),
+            'versions': {'csa_zoo': csa_zoo.__version__, 'timm': timm.__version__, 'torch': torch.__version__},
+        }
+    )
+    accelerator.print(f'\n{"test set":30} FPR95 (%)')
+    for name, value in metrics.items():
+        accelerator.print(f'{name.removeprefix("fpr95_"):30} {100 * value:9.2f}')
+    accelerator.print(f'\nThe trained model: timm.create_model("local-dir:{run.folder}", pretrained=True)')
+    accelerator.end_training()
+    return metrics
+
+
+if __name__ == '__main__':
+    main()
