@@ -23,10 +23,11 @@ from torch.optim.lr_scheduler import LinearLR
 from tqdm.auto import tqdm
 
 import csa_zoo
-from csa_zoo.data.patches import PairBatches, PatchSet, concatenate, load_phototour, verification_pairs
+from csa_zoo.data.pairs import PairBatches
+from csa_zoo.data.patches import PatchSet, concatenate, verification_pairs
 from csa_zoo.data.photographs import bundled_photographs, cut_photographs
-from csa_zoo.embedding import embed
-from csa_zoo.evaluation.patches import fpr_at_recall
+from csa_zoo.data.phototour import load_phototour
+from csa_zoo.evaluation import embed, fpr_at_recall
 from csa_zoo.losses import HardNetLoss, RALLoss
 from csa_zoo.recipes import RecipeParser
 from csa_zoo.runs import Run

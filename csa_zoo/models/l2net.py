@@ -103,7 +103,7 @@ class L2Net(nn.Module):
         self._set_head(num_classes, global_pool, **dd)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.orthogonal_(module.weight, gain=0.6)
+                _init_orthogonal(module.weight, gain=0.6)
         if attention:
             defaults = {'groups': 1} if attention == 'csa' else {}
             inject_attention(self, attention, attn_stages, **{**defaults, **(attn_kwargs or {})})
@@ -219,6 +219,12 @@ def _conv_layer(in_channels: int, out_channels: int, stride: int, device=None, d
         nn.BatchNorm2d(out_channels, affine=False, **dd),
         nn.ReLU(),
     )
+
+
+@torch.no_grad()
+def _init_orthogonal(weight: torch.Tensor, gain: float) -> None:
+    single = torch.empty_like(weight, dtype=torch.float32)  # half precision has no QR decomposition
+    weight.copy_(nn.init.orthogonal_(single, gain))
 
 
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: L2Net) -> dict[str, torch.Tensor]:

@@ -57,8 +57,6 @@ class RefinedPartPool(nn.Module):
             dtype: Type of the parameters.
         """
         super().__init__()
-        if variant not in ('paper', 'released'):
-            raise ValueError(f"rpp must be 'paper', 'released' or None, got {variant!r}")
         self.num_parts = num_parts
         self.released = variant == 'released'
         self.stride = 8 if self.released else 1
@@ -161,7 +159,7 @@ class PCB(ResNet):
         shared_reduction: bool = True,
         rpp: str | None = None,
         descriptor: str = 'pooled',
-        norm: str | None = 'part',
+        norm: str = 'part',
         drop_rate: float = 0.5,
         attention: str | None = None,
         attn_stages: tuple[int, ...] = (0, 1, 2),
@@ -182,7 +180,8 @@ class PCB(ResNet):
             shared_reduction: One reduction for all parts, as in the released code, or one for each.
             rpp: Refined part pooling instead of stripes: `'paper'`, `'released'`, or None.
             descriptor: `'pooled'` (the paper's G, before the reduction) or `'reduced'` (H, after it).
-            norm: `'part'`: each part to the same length, the whole to unit length. `'global'`: only the whole. None.
+            norm: `'part'`: each part to the same length, the whole to unit length. `'global'`: only the whole.
+                `''`: neither.
             drop_rate: Dropout before the reduction.
             attention: `'csa'`, `'sa'` or None.
             attn_stages: Stages that the attention follows, from 0.
@@ -197,8 +196,13 @@ class PCB(ResNet):
         super().__init__(block, layers, num_classes=0, in_chans=in_chans, **dd)
         if descriptor not in ('pooled', 'reduced'):
             raise ValueError(f"descriptor must be 'pooled' or 'reduced', got {descriptor!r}")
-        if norm not in ('part', 'global', None):
-            raise ValueError(f"norm must be 'part', 'global' or None, got {norm!r}")
+        if norm not in ('part', 'global', ''):
+            raise ValueError(f"norm must be 'part', 'global' or '' (none), got {norm!r}")
+        if rpp not in ('paper', 'released', None):
+            raise ValueError(f"rpp must be 'paper', 'released' or None, got {rpp!r}")
+        for name, value in (('num_parts', num_parts), ('reduction_dim', reduction_dim)):
+            if value < 1:
+                raise ValueError(f'{name} must be at least 1, got {value}')
         del self.fc
         _keep_resolution(self.layer4[0])
         self.feature_info[-1]['reduction'] = 16
@@ -206,6 +210,8 @@ class PCB(ResNet):
         self.rpp = rpp
         self.descriptor = descriptor
         self.norm = norm
+        self.attention = attention
+        self.attn_stages = tuple(attn_stages)
         self.num_classes = num_classes
         self.head = PartHead(
             self.num_features, num_parts, num_classes, reduction_dim, shared_reduction, drop_rate, **dd
@@ -216,13 +222,20 @@ class PCB(ResNet):
             inject_attention(self, attention, attn_stages, **(attn_kwargs or {}))
 
     def _reset_pool(self, pool_type: str, device=None, dtype=None) -> None:
-        self.pool_type = pool_type
         if not pool_type:
             self.global_pool = nn.Identity()
-        elif self.rpp:
+        elif not self.rpp:
+            self.global_pool = PartPool(self.num_parts, pool_type)
+        elif pool_type == 'avg':
             self.global_pool = RefinedPartPool(self.num_features, self.num_parts, self.rpp, device, dtype)
         else:
-            self.global_pool = PartPool(self.num_parts, pool_type)
+            raise ValueError(f"global_pool must be 'avg' or '' (no pooling) with rpp, got {pool_type!r}")
+        self.pool_type = pool_type
+
+    @torch.jit.ignore
+    def backbone_parameters(self) -> list[str]:
+        """Names of the parameters that a plain ResNet has too, which ImageNet weights are for."""
+        return [name for name, _ in self.named_parameters() if _is_resnet_key(name)]
 
     @torch.jit.ignore
     def get_classifier(self, name_only: bool = False) -> str | nn.Module:
@@ -238,6 +251,15 @@ class PCB(ResNet):
         if global_pool is not None and global_pool != self.pool_type:
             self._reset_pool(global_pool, **dd)
             self.global_pool.train(self.training)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages after the last of `indices`, and the head where nothing reaches it."""
+        take = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        if not self.pool_type:
+            self.head = nn.Identity()
+        return take
 
     def forward_parts(self, features: torch.Tensor) -> torch.Tensor:
         """Logits of each part from the feature map of `forward_features`: (B, C, h, w) to (B, parts, classes)."""
@@ -275,16 +297,16 @@ def _keep_resolution(block: nn.Module) -> None:
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: PCB) -> dict[str, torch.Tensor]:
     """Let a plain ResNet's weights be loaded: leave out its classifier, fill in what PCB and attention add.
 
-    Filling in keeps the load strict, so that a file that lacks a weight of the backbone is an error.
+    A file that lacks any other weight is an error. timm's loading is not strict if the number of classes differs.
     """
-    if 'fc.weight' not in state_dict:
-        return state_dict
-    backbone = {key: value for key, value in state_dict.items() if not key.startswith('fc.')}
-    added = {key: value for key, value in model.state_dict().items() if not _is_resnet_key(key)}
-    missing = set(model.state_dict()) - set(added) - set(backbone)
+    wanted = model.state_dict()
+    if not any(key.startswith('head.') for key in state_dict):
+        backbone = {key: value for key, value in state_dict.items() if not key.startswith('fc.')}
+        state_dict = {**backbone, **{key: value for key, value in wanted.items() if not _is_resnet_key(key)}}
+    missing = sorted(key for key in wanted if key not in state_dict and not key.startswith('head.fc.'))
     if missing:
-        raise RuntimeError(f'the ResNet checkpoint lacks {len(missing)} weights of the backbone: {sorted(missing)[:3]}')
-    return {**backbone, **added}
+        raise RuntimeError(f'the checkpoint lacks {len(missing)} weights of {type(model).__name__}: {missing[:3]} ...')
+    return state_dict
 
 
 def _is_resnet_key(key: str) -> bool:

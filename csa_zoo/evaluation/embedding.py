@@ -48,7 +48,9 @@ def embed(
     rows = []
     starts = range(first, last, batch_size)
     for start in tqdm(starts, desc=description, leave=False, disable=None if accelerator.is_main_process else True):
-        batch = torch.as_tensor(np.asarray(images[start : min(start + batch_size, last)]))
+        batch = images[start : min(start + batch_size, last)]
+        if isinstance(batch, np.ndarray):
+            batch = torch.from_numpy(batch.copy())  # torch does not take a read-only map
         with accelerator.autocast():
             features = model.forward_features(preprocess(batch.to(accelerator.device, non_blocking=True)))
             rows.append(model.forward_head(features, pre_logits=True).float().cpu())

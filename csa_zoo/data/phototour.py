@@ -1,0 +1,163 @@
+"""Reader of patch sets in the PhotoTour layout (Winder, Hua & Brown, "Picking the best DAISY", CVPR 2009)."""
+
+import math
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from .patches import PatchPairs, PatchSet, file_stamps, load_cached
+
+PATCH_SIDE = 64
+PATCHES_PER_ROW = 16
+PATCHES_PER_FILE = PATCHES_PER_ROW**2
+STANDARD_MATCHES = 'm50_100000_100000_0.txt'
+
+
+def load_phototour(
+    root: str | Path, size: int = 32, matches: str | Path | None = None, progress: bool = True
+) -> PatchSet:
+    """Read a folder in the PhotoTour (Brown, UBC) layout.
+
+    The folder holds `patches*.bmp` (1024x1024 grey, 16x16 patches of 64x64, left to right, then top to bottom; the
+    last one padded), `info.txt` (a row per patch, the 3-D point's id first) and match files. The decoded patches are
+    cached as a memory-mapped array; see `csa_zoo.data.patches.cache_folder`.
+
+    Args:
+        root: The folder.
+        size: 64, or 32 for the rounded mean of each 2x2 pixels, which is OpenCV's bilinear resize of uint8.
+        matches: A match file (a path, or a name inside `root`) to take the pairs from; None takes
+            `m50_100000_100000_0.txt`, or the only `m50_*.txt` there is, or no pairs where there is none.
+        progress: Show a progress bar while decoding, on a terminal.
+
+    Returns:
+        The patches with ids renumbered to 0..K-1 in the order of the original ids.
+
+    Raises:
+        FileNotFoundError: If the folder or one of its files is missing.
+        ValueError: If a file's content is not of this layout.
+    """
+    root = Path(root).expanduser().resolve()
+    if size not in (32, PATCH_SIDE):
+        raise ValueError(f'size must be 32 or {PATCH_SIDE}, not {size!r}')
+    info, files = root / 'info.txt', sorted(root.glob('patches*.bmp'))
+    if not info.is_file() or not files:
+        missing = 'info.txt' if files else 'patches*.bmp'
+        raise FileNotFoundError(f'no {missing} in {root}: name the folder that holds a PhotoTour set')
+
+    def build(entry: Path) -> None:
+        _, ids = np.unique(_read_point_ids(info), return_inverse=True)
+        np.save(entry / 'point_ids.npy', ids.astype(np.int64))
+        _decode_files(files, len(ids), size, entry / 'patches.npy', progress)
+
+    key = ['phototour', 1, str(root), size, file_stamps([info, *files])]
+    patches, ids = load_cached(f'phototour-{root.name}', key, build)
+    matches = _find_matches(root, matches)
+    return PatchSet(patches, ids, matches and _read_matches(matches, ids.numpy(), info))
+
+
+def _read_columns(path: Path, columns: Sequence[int], kind: str) -> np.ndarray:
+    """Integer columns of a text table, whatever the number of columns of each of its lines."""
+    if path.stat().st_size == 0:
+        raise ValueError(f'{path} is empty: {kind}')
+    try:
+        return np.loadtxt(path, dtype=np.int64, usecols=columns, ndmin=2)
+    except (ValueError, IndexError) as error:
+        raise ValueError(f'{path} is not a table of integers ({error}): {kind}') from error
+
+
+def _read_point_ids(info: Path) -> np.ndarray:
+    ids = _read_columns(info, [0], 'it needs a line "<3-D point id> 0" per patch')[:, 0]
+    if ids.min() < 0:
+        line = int(ids.argmin()) + 1
+        raise ValueError(f'{info}, line {line}: the 3-D point id is {ids.min()}, but ids must not be negative')
+    return ids
+
+
+def _decode_files(files: Sequence[Path], count: int, size: int, target: Path, progress: bool) -> None:
+    needed = math.ceil(count / PATCHES_PER_FILE)
+    if len(files) != needed:
+        raise ValueError(
+            f'{files[0].parent} has {len(files)} patches*.bmp, but the {count} lines of info.txt need {needed}: '
+            'files are missing or info.txt is cut short; unpack the archive again'
+        )
+    patches = np.lib.format.open_memmap(target, mode='w+', dtype=np.uint8, shape=(count, size, size))
+
+    def decode(number: int) -> None:
+        rows = patches[number * PATCHES_PER_FILE : (number + 1) * PATCHES_PER_FILE]
+        rows[:] = _cut_mosaic(_read_mosaic(files[number]), size)[: len(rows)]
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        bar = tqdm(
+            total=needed, desc=f'decoding {files[0].parent.name}', unit='file', disable=None if progress else True
+        )
+        for _ in pool.map(decode, range(needed)):
+            bar.update()
+        bar.close()
+    patches.flush()
+
+
+def _read_mosaic(path: Path) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            mosaic = np.asarray(image if image.mode == 'L' else image.convert('L'))
+    except OSError as error:
+        raise ValueError(f'{path} cannot be decoded ({error}): unpack the archive again') from error
+    side = PATCH_SIDE * PATCHES_PER_ROW
+    if mosaic.shape != (side, side):
+        raise ValueError(
+            f'{path} is {mosaic.shape[1]}x{mosaic.shape[0]} pixels, but a PhotoTour mosaic is {side}x{side}: '
+            'use the original files, not resized ones'
+        )
+    return mosaic
+
+
+def _cut_mosaic(mosaic: np.ndarray, size: int) -> np.ndarray:
+    """(1024, 1024) to (256, size, size)."""
+    if size < PATCH_SIDE:
+        rows = mosaic[0::2].astype(np.uint16) + mosaic[1::2]
+        mosaic = ((rows[:, 0::2] + rows[:, 1::2] + 2) >> 2).astype(np.uint8)
+    grid = mosaic.reshape(PATCHES_PER_ROW, size, PATCHES_PER_ROW, size)
+    return grid.swapaxes(1, 2).reshape(PATCHES_PER_FILE, size, size)
+
+
+def _find_matches(root: Path, matches: str | Path | None) -> Path | None:
+    if matches is not None:
+        for path in (root / matches, Path(matches).expanduser()):
+            if path.is_file():
+                return path
+        raise FileNotFoundError(f'no match file {matches!s}; {root} has {sorted(p.name for p in root.glob("m*.txt"))}')
+    if (root / STANDARD_MATCHES).is_file():
+        return root / STANDARD_MATCHES
+    found = sorted(root.glob('m50_*.txt'))
+    if len(found) > 1:
+        raise ValueError(f'{root} has several match files, {[p.name for p in found]}: choose one with matches=')
+    return found[0] if found else None
+
+
+def _read_matches(path: Path, ids: np.ndarray, info: Path) -> PatchPairs:
+    # Lines of six and of seven columns are both in use, so columns are picked, never unpacked.
+    table = _read_columns(path, [0, 1, 3, 4], 'its lines must be "patch1 point1 0 patch2 point2 0"')
+    patch, point = table[:, [0, 2]], table[:, [1, 3]]
+    outside = ((patch < 0) | (patch >= len(ids))).any(1)
+    if outside.any():
+        line = int(outside.argmax())
+        raise ValueError(
+            f'{path}, pair {line + 1}: patches {patch[line].tolist()}, but {info} has patches 0 to {len(ids) - 1}: '
+            'take the match file of this very set'
+        )
+    original = _read_point_ids(info)[patch]
+    wrong = (original != point).any(1)
+    if wrong.any():
+        line = int(wrong.argmax())
+        raise ValueError(
+            f'{path}, pair {line + 1}: points {point[line].tolist()}, but {info} gives {original[line].tolist()} for '
+            f'patches {patch[line].tolist()}: take the match file of this very set'
+        )
+    index = torch.from_numpy(np.ascontiguousarray(patch.T))
+    return PatchPairs(index[0], index[1], torch.from_numpy(point[:, 0] == point[:, 1]))
