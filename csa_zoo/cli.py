@@ -40,6 +40,32 @@ def main(argv: list[str] | None = None) -> int:
     verb.add_argument('--seed', type=int, default=0, help='another seed gives other people (default: 0)')
     verb.add_argument('--workers', type=int, help='processes (default: one for each core)')
 
+    verb = _add(
+        verbs,
+        'evaluate',
+        evaluate,
+        'measure a model on a person re-identification set',
+        'csa-zoo evaluate runs/pedestrians --data market1501 --root data/Market-1501 --csv queries.csv',
+    )
+    verb.add_argument('model', help='folder of a run, name of a timm model, or hf-hub:owner/name')
+    verb.add_argument('--data', help="name of the set (default: the run's own)")
+    verb.add_argument('--root', help="where the set is (default: the run's own)")
+    verb.add_argument('--image-size', type=int, nargs=2, metavar=('H', 'W'), help="default: the model's input size")
+    verb.add_argument('--batch-size', type=int, default=256, help='images in a forward pass (default: 256)')
+    verb.add_argument('--rerank', action='store_true', help='k-reciprocal re-ranking too')
+    verb.add_argument('--csv', help='write what each query found to this file')
+
+    verb = _add(
+        verbs,
+        'visualize',
+        visualize,
+        'draw ranked lists and attention maps of a re-identification run',
+        'csa-zoo visualize runs/pedestrians --output figures',
+    )
+    verb.add_argument('model', help='folder of a run')
+    verb.add_argument('--queries', type=int, default=6, help='ranked lists to draw (default: 6)')
+    verb.add_argument('--output', help='folder for the figures (default: the run)')
+
     options = parser.parse_args(argv)
     try:
         return options.run(options) or 0
@@ -62,7 +88,7 @@ def list_models(options: argparse.Namespace) -> None:
     """Print the zoo's models with their tags and where the weights come from."""
     import timm
 
-    import csa_zoo
+    import csa_zoo  # noqa: F401
 
     ours = [name for name in timm.list_models(options.filter) if _is_ours(name)]
     for name in ours:
@@ -70,7 +96,6 @@ def list_models(options: argparse.Namespace) -> None:
             source = config.hf_hub_id or config.file or 'no weights yet'
             size = 'x'.join(map(str, config.input_size))
             print(f'{name + ("." + tag.split(".")[1] if "." in tag else ""):34} {size:12} {source}')
-    assert csa_zoo
 
 
 def _is_ours(name: str) -> bool:
@@ -95,6 +120,94 @@ def render_pedestrians(options: argparse.Namespace) -> None:
     given = {'num_identities': options.identities} if options.identities else {}
     root = render_pedestrians(options.output, seed=options.seed, workers=options.workers, **given)
     print(f'{root}: use it with --data pedestrians --root {root}, or as any Market-1501 folder')
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Print the metrics with their 95 % intervals over queries."""
+    from .evaluation.confidence import confidence_intervals
+    from .evaluation.reranking import rerank
+    from .evaluation.retrieval import reid_per_query_from_distances
+
+    _, data, _, people = _embed(options)
+    results = people.results()
+    intervals = confidence_intervals(results)
+    print(
+        f'{len(people.query):,} queries, {len(people.gallery):,} gallery images, {people.query.shape[1]} numbers each'
+    )
+    for name, value in results.metrics().items():
+        if name in intervals:
+            low, high = intervals[name]
+            print(f'{name:>12} {100 * value:6.2f} %   95 % interval {100 * low:6.2f} to {100 * high:6.2f}')
+    if options.rerank:
+        distances = rerank(people.query, people.gallery)
+        print('after k-reciprocal re-ranking:')
+        for name, value in reid_per_query_from_distances(distances, *people.labels).metrics().items():
+            if name in intervals:
+                print(f'{name:>12} {100 * value:6.2f} %')
+    if options.csv:
+        results.write_csv(options.csv, data['query']['path'][:])
+        print(f'each query: {options.csv}')
+
+
+def visualize(options: argparse.Namespace) -> None:
+    """Write `ranked_lists.png` and, with CSA, `attention.png`."""
+    from pathlib import Path
+
+    import numpy as np
+    import torch
+
+    from .data import normalize
+    from .visualize import draw_attention, draw_ranked_lists
+
+    options.data = options.root = options.image_size = None
+    options.batch_size = 256
+    model, _, images, people = _embed(options)
+    output = Path(options.output or options.model)
+    output.mkdir(parents=True, exist_ok=True)
+    queries = np.linspace(0, len(people.query) - 1, options.queries).astype(int)
+    figure = draw_ranked_lists(images['query'], images['gallery'], people.ranked_lists(10), queries)
+    figure.savefig(output / 'ranked_lists.png', dpi=130)
+    print(output / 'ranked_lists.png')
+    if getattr(model, 'attention', None) == 'csa':
+        picture = images['query'][queries[0]]
+        batch = torch.from_numpy(picture.copy())[None].permute(0, 3, 1, 2)
+        config = model.pretrained_cfg
+        draw_attention(model, normalize(batch, config['mean'], config['std']), picture).savefig(
+            output / 'attention.png', dpi=130
+        )
+        print(output / 'attention.png')
+
+
+def _embed(options: argparse.Namespace):
+    """The model that the options name, the data set, its images, and their embeddings."""
+    from pathlib import Path
+
+    import timm
+    import yaml
+    from accelerate import Accelerator
+
+    import csa_zoo  # noqa: F401
+
+    from .data import cache_splits, load_reid
+    from .evaluation.people import embed_people
+    from .recipes import RECIPE_FILE
+
+    folder = Path(options.model)
+    is_run = (folder / 'config.json').is_file()
+    recipe = yaml.safe_load((folder / RECIPE_FILE).read_text()) if (folder / RECIPE_FILE).is_file() else {}
+    if not (options.data or recipe.get('data')):
+        raise ValueError(f'{options.model} does not say which data to evaluate on: give --data and --root')
+    own = options.data in (None, recipe.get('data'))
+    data = load_reid(
+        options.data or recipe['data'],
+        options.root or (recipe.get('root') if own else None),
+        **(recipe.get('data_options', {}) if own and not options.root else {}),
+    )
+    accelerator = Accelerator()
+    name = f'local-dir:{folder}' if is_run else options.model
+    model = timm.create_model(name, pretrained=True).to(accelerator.device).eval()
+    images = cache_splits(data, options.image_size or model.pretrained_cfg['input_size'][1:])
+    return model, data, images, embed_people(model, data, images, accelerator, options.batch_size)
 
 
 if __name__ == '__main__':

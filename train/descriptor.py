@@ -57,6 +57,8 @@ class Recipe:
     """Simulated views of each keypoint of a photograph."""
     points_per_photo: int = 800
     """Most keypoints taken from one photograph."""
+    test_pairs: int = 10_000
+    """Pairs drawn from a test set that comes without any, half of them matching."""
     epochs: int = 10
     """Epochs of training."""
     pairs_per_epoch: int = 5_000_000
@@ -145,11 +147,13 @@ def test_sets(recipe: Recipe) -> dict[str, PatchSet]:
     """Patch sets with verification pairs, by name."""
     if not recipe.test:
         patches = load_patches(bundled_photographs()['test'], recipe)
-        return {'photographs': replace(patches, pairs=verification_pairs(patches, 10_000))}
+        return {'photographs': replace(patches, pairs=verification_pairs(patches, recipe.test_pairs))}
     tests = {}
     for folder in recipe.test:
         patches = load_patches([folder], recipe)
-        tests[Path(folder).name] = replace(patches, pairs=patches.pairs or verification_pairs(patches, 10_000))
+        tests[Path(folder).name] = replace(
+            patches, pairs=patches.pairs or verification_pairs(patches, recipe.test_pairs)
+        )
     return tests
 
 
@@ -241,6 +245,7 @@ def report(accelerator: Accelerator, run: Run, recipe: Recipe) -> dict[str, floa
             'task': 'patch-verification',
             'metrics': metrics,
             'epochs': run.epoch,
+            'processes': accelerator.num_processes,
             'train_seconds': sum(record['seconds'] for record in run.history),
             'versions': {'csa_zoo': csa_zoo.__version__, 'timm': timm.__version__, 'torch': torch.__version__},
         }

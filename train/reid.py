@@ -16,7 +16,6 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from datasets import DatasetDict
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
@@ -26,7 +25,7 @@ from tqdm.auto import tqdm
 import csa_zoo
 from csa_zoo.data import load_reid
 from csa_zoo.data.images import PersonBatches, cache_splits, normalize, train_labels
-from csa_zoo.evaluation import embed, reid_metrics
+from csa_zoo.evaluation.people import embed_people
 from csa_zoo.losses import PartLoss
 from csa_zoo.recipes import RecipeParser
 from csa_zoo.runs import Run
@@ -149,7 +148,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         record = train_epoch(accelerator, net, optimizer, schedule, batches, run.epoch)
         record['seconds'] = time.perf_counter() - started
         if (run.epoch + 1) % recipe.evaluate_every == 0 or run.epoch + 1 == recipe.epochs:
-            record.update(evaluate(accelerator, model, data, images))
+            record.update(embed_people(model, data, images, accelerator).results().metrics())
         run.finish_epoch(record)
         run.save_model(model, model_args, {'input_size': (3, *recipe.image_size)})
     return report(accelerator, run, recipe)
@@ -208,23 +207,6 @@ def train_epoch(
     return dict(zip(totals, means.tolist(), strict=True))
 
 
-def evaluate(accelerator: Accelerator, model: nn.Module, data: DatasetDict, images: dict[str, Any]) -> dict[str, float]:
-    """Single-query retrieval metrics, in [0, 1]."""
-    config = model.pretrained_cfg
-
-    def preprocess(batch: torch.Tensor) -> torch.Tensor:
-        return normalize(batch.permute(0, 3, 1, 2), config['mean'], config['std'])
-
-    query, gallery = (
-        embed(model, images[split], preprocess, accelerator, 256, f'embedding {split}')
-        for split in ('query', 'gallery')
-    )
-    labels = [
-        torch.tensor(data[split][column]) for column in ('person_id', 'camera_id') for split in ('query', 'gallery')
-    ]
-    return reid_metrics(query, gallery, *labels)
-
-
 def report(accelerator: Accelerator, run: Run, recipe: Recipe) -> dict[str, float]:
     """Write `metrics.json` and print the table."""
     last = run.history[-1]
@@ -237,6 +219,7 @@ def report(accelerator: Accelerator, run: Run, recipe: Recipe) -> dict[str, floa
             'data': recipe.data,
             'metrics': metrics,
             'epochs': run.epoch,
+            'processes': accelerator.num_processes,
             'train_seconds': sum(record['seconds'] for record in run.history),
             'versions': {'csa_zoo': csa_zoo.__version__, 'timm': timm.__version__, 'torch': torch.__version__},
         }

@@ -75,8 +75,8 @@ class CompressedSelfAttention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Add context to every position: (B, C, H, W) to (B, C, H, W)."""
-        positions = self._by_group(x, self.dim)  # (B, G, N, C/G)
         scores = self._by_group(self.maps(x), self.groups * self.num_maps)  # (B, G, N, D)
+        positions = self._by_group(x, self.dim)  # (B, G, N, C/G)
         base = scores.softmax(dim=2)
         weights = scores.softmax(dim=3)
         pooled = base.transpose(2, 3) @ positions  # (B, G, D, C/G)

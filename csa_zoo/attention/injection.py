@@ -130,10 +130,12 @@ def _output_shapes(model: nn.Module, stages: list[_Stage]) -> list[tuple[int, ..
         for stage in stages
     ]
     tensors = {key: tensor.to('meta') for key, tensor in [*model.named_parameters(), *model.named_buffers()]}
-    size = model.pretrained_cfg['input_size']
+    channels, *size = model.pretrained_cfg['input_size']
+    channels = getattr(model, 'in_chans', channels)  # which the model may have been created with, unlike its cfg
+    images = torch.empty(2, channels, *size, device='meta', dtype=next(model.parameters()).dtype)
     try:
         with torch.no_grad():
-            functional_call(model, tensors, torch.empty(2, *size, device='meta', dtype=next(model.parameters()).dtype))
+            functional_call(model, tensors, images)
     finally:
         for hook in hooks:
             hook.remove()

@@ -208,17 +208,14 @@ def file_stamps(paths: Sequence[Path]) -> list[list]:
     return [[path.name, (stat := path.stat()).st_size, stat.st_mtime_ns] for path in paths]
 
 
-def load_cached(name: str, key: list, build: Callable[[Path], None]) -> tuple[Tensor, Tensor]:
-    """The arrays `patches` and `point_ids` of a cache entry, made first where there is none for `key`.
+def cache_entry(name: str, key: list, build: Callable[[Path], None]) -> Path:
+    """The folder of a cache entry, made first where there is none for `key`.
 
     Args:
         name: Readable start of the entry's name.
-        key: All that the arrays depend on, as JSON values.
-        build: Writes `patches.npy` and `point_ids.npy` into the folder it is given. The folder takes its place in the
-            cache only when complete, so that a killed or a concurrent run leaves no half entry.
-
-    Returns:
-        Tensors over privately mapped files: opened at once, read when used, written to in memory only.
+        key: All that the content depends on, as JSON values.
+        build: Writes the content into the folder it is given. The folder takes its place in the cache only when
+            complete, so that a killed or a concurrent run leaves no half entry.
     """
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     entry = cache_folder() / f'{name}-{digest}'
@@ -233,6 +230,16 @@ def load_cached(name: str, key: list, build: Callable[[Path], None]) -> tuple[Te
             except OSError:
                 if not entry.is_dir():  # otherwise another process was first, with the same content
                     raise
+    return entry
+
+
+def load_cached(name: str, key: list, build: Callable[[Path], None]) -> tuple[Tensor, Tensor]:
+    """The arrays of a patch set in the cache; `build`, as in `cache_entry`, writes `patches.npy` and `point_ids.npy`.
+
+    Returns:
+        Tensors over privately mapped files: opened at once, read when used, written to in memory only.
+    """
+    entry = cache_entry(name, key, build)
     patches = np.load(entry / 'patches.npy', mmap_mode='c', allow_pickle=False)
     point_ids = np.load(entry / 'point_ids.npy', allow_pickle=False)
     return torch.from_numpy(patches), torch.from_numpy(point_ids)

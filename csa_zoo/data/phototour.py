@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from .patches import PatchPairs, PatchSet, file_stamps, load_cached
@@ -59,6 +60,31 @@ def load_phototour(
     patches, ids = load_cached(f'phototour-{root.name}', key, build)
     matches = _find_matches(root, matches)
     return PatchSet(patches, ids, matches and _read_matches(matches, ids.numpy(), info))
+
+
+def load_reference_images(root: str | Path) -> Tensor:
+    """The reference image of each patch, from the first column of a PhotoTour folder's `interest.txt`.
+
+    Points of one reference image are different points; those of two reference images may be the same place seen from
+    both, so that only negatives of the same reference image are sure to be negatives.
+
+    Returns:
+        (N,) int64, in the order of `load_phototour`'s patches.
+
+    Raises:
+        FileNotFoundError: If there is no `interest.txt`.
+        ValueError: If it is no table, or has not a line for each line of `info.txt`.
+    """
+    root = Path(root).expanduser()
+    interest, info = root / 'interest.txt', root / 'info.txt'
+    for path in (interest, info):
+        if not path.is_file():
+            raise FileNotFoundError(f'no {path.name} in {root}: reference images are only known where a set has it')
+    images = _read_columns(interest, [0], 'it needs a line per patch, the id of its reference image first')[:, 0]
+    patches = len(_read_point_ids(info))
+    if len(images) != patches:
+        raise ValueError(f'{interest} has {len(images)} lines and {info} {patches}: take both from one archive')
+    return torch.from_numpy(images)
 
 
 def _read_columns(path: Path, columns: Sequence[int], kind: str) -> np.ndarray:
