@@ -39,7 +39,7 @@ class RecipeParser(ArgumentParser):
             description: First lines of `--help`.
             default_config: Recipe that is used when the command line names none.
         """
-        super().__init__(description=description)
+        super().__init__(description=description, allow_abbrev=False)
         self.recipe_class = recipe_class
         self.default_config = default_config
         self.add_argument(

@@ -18,6 +18,17 @@ from .recipes import RECIPE_FILE, Launch, save_recipe
 HISTORY, METRICS, CURVES, STATES = 'history.jsonl', 'metrics.json', 'curves.png', 'state'
 
 
+def use_all_cores(accelerator: Accelerator) -> None:
+    """Share the CPU's cores among the processes of a launch that trains on it.
+
+    `accelerate launch` allows each process one thread if it is not told otherwise, which leaves the other cores idle; a
+    higher number that was asked for stays.
+    """
+    if accelerator.device.type == 'cpu' and os.environ.get('OMP_NUM_THREADS', '1') == '1':
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // accelerator.num_processes))
+
+
 class Run:
     """One training run: its folder, and how far it has got.
 

@@ -19,3 +19,9 @@ def data_dir() -> Path:
     path = Path(folder)
     assert path.is_dir(), f'CSA_ZOO_DATA is {folder!r}, which is no folder'
     return path
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """With `-n 2 --dist loadgroup`: a file's tests stay together, and those that launch processes share a port."""
+    launches = hasattr(getattr(item, 'module', None), 'debug_launcher')
+    item.add_marker(pytest.mark.xdist_group('processes' if launches else item.path.stem))

@@ -277,6 +277,12 @@ def test_invalid_arguments(cls, arguments, message):
 
 
 @pytest.mark.parametrize('kind', [2, 'sa'])
+def test_wrong_number_of_channels(kind):
+    with pytest.raises(RuntimeError, match='to have 16 channels, but got 8 channels'):
+        make(kind)(torch.randn(2, 8, 5, 7))
+
+
+@pytest.mark.parametrize('kind', [2, 'sa'])
 @pytest.mark.parametrize('layout', ['contiguous', 'channels_last'])
 def test_compile(kind, layout):
     """In one graph, forward and backward. The backend that needs no C++ compiler."""

@@ -214,7 +214,6 @@ def failing_on_the_second(dim: int, made: list) -> nn.Module:
         ('test_resnet', {'groups': 7}, 'groups must divide the .* channels, got groups=7'),
         ('test_resnet', {'attention': failing_on_the_second, 'made': []}, 'no module for .* channels'),
     ],
-    ids=str,
 )
 def test_errors_leave_the_model_unchanged(name, arguments, message):
     model = make(name, device='meta')

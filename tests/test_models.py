@@ -123,6 +123,11 @@ def test_feature_levels(name):
     places = {'layer3'} if name in L2NET else {'layer1', 'layer2', 'layer3'}
     assert attended == (places if name.endswith('sa') else set())
 
+    # nothing is left over that gets no gradient, which DistributedDataParallel would not forgive
+    getter = make(name, features_only=True, feature_cls='getter', device='meta')
+    sum(level.sum() for level in getter(x)).backward()
+    assert [key for key, parameter in getter.named_parameters() if parameter.grad is None] == []
+
 
 @pytest.mark.parametrize('name', LIGHT)
 def test_intermediates_and_checkpointing(name):

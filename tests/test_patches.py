@@ -13,8 +13,9 @@ from PIL import Image
 from csa_zoo.data.jitter import Jitter, draw_jitter, flip_coins, flip_patches, jitter_patches
 from csa_zoo.data.pairs import PairBatches, PairSampler
 from csa_zoo.data.patches import PatchPairs, PatchSet, concatenate, verification_pairs
-from csa_zoo.data.phototour import load_phototour
-from csa_zoo.evaluation.patches import fpr_at_recall
+from csa_zoo.data.phototour import load_phototour, load_reference_images
+from csa_zoo.evaluation.patches import average_precision, fpr_at_recall, phototour_ratio_map
+from csa_zoo.evaluation.sift import sift_descriptors
 
 PHOTOTOUR = Path(os.environ.get('CSA_ZOO_DATA', 'unset')) / 'phototour'
 MATCHES = 'm50_6_6_0.txt'
@@ -141,6 +142,16 @@ class TestPhotoTour:
         (root / 'info.txt').unlink()
         with pytest.raises(FileNotFoundError, match=r'no info\.txt'):
             load_phototour(root)
+
+    def test_reference_images(self, phototour):
+        root, *_ = phototour
+        with pytest.raises(FileNotFoundError, match=r'no interest\.txt'):
+            load_reference_images(root)
+        (root / 'interest.txt').write_text(''.join(f'{n // 50} 1.5 {n} 0.1 -3e-2\n' for n in range(300)))
+        assert load_reference_images(root).tolist() == [n // 50 for n in range(300)]
+        (root / 'interest.txt').write_text('0 1.5\n')
+        with pytest.raises(ValueError, match=r'interest\.txt has 1 lines and .*info\.txt 300'):
+            load_reference_images(root)
 
     @pytest.mark.skipif(not PHOTOTOUR.is_dir(), reason='CSA_ZOO_DATA names no folder with phototour/')
     @pytest.mark.parametrize(
@@ -420,3 +431,102 @@ class TestFPR:
     def test_invalid(self, distances, truth, recall, message):
         with pytest.raises(ValueError, match=message):
             fpr_at_recall(np.array(distances), np.array(truth), recall)
+
+
+class TestAveragePrecision:
+    def test_golden(self):
+        """Labels 0110010101 in the order of the ranking."""
+        trapezoid, step = average_precision(torch.tensor([1, 1, 3, 4, 5]), 5)
+        assert trapezoid.item() == pytest.approx(0.44397, abs=5e-6)
+        assert step.item() == pytest.approx(0.53333, abs=5e-6)
+
+    def test_extremes(self):
+        areas = average_precision(torch.tensor([[0, 0], [95, 95]]), 2)
+        assert [area.tolist() for area in areas] == [
+            [1, pytest.approx((1 / 96 + 2 / 97 + 1 / 96) / 4)],
+            [1, pytest.approx((1 / 96 + 2 / 97) / 2)],
+        ]
+        assert [area.item() for area in average_precision(torch.zeros(0), 3)] == [0, 0]
+
+
+class TestRatioMap:
+    @pytest.mark.parametrize('integer', [False, True])
+    def test_equals_loops(self, integer):
+        """Every ordered pair of a point against the nearest stranger in its image."""
+        rng = np.random.default_rng(0)
+        points, images = rng.integers(0, 12, 90), rng.integers(0, 4, 90)
+        points[images == 3], images[0] = 7, 9  # images of one point and of one patch do not count
+        x = rng.standard_normal((12, 3))[points] + rng.standard_normal((90, 3))
+        x = np.rint(2 * x) if integer else x
+        scores = []
+        for image in range(3):
+            rows, ranking = np.flatnonzero(images == image), []
+            for a in rows:
+                others = [np.linalg.norm(x[a] - x[n]) for n in rows if points[n] != points[a]]
+                for p in rows:
+                    if p != a and points[p] == points[a]:
+                        right, wrong = np.linalg.norm(x[a] - x[p]), min(others)
+                        largest = max(right, wrong)
+                        ranking.append((min(right, wrong) / largest if largest else 1.0, right < wrong))
+            hits = np.array([correct for _, correct in sorted(ranking)])
+            scores.append((hits.cumsum() / np.arange(1, len(hits) + 1))[hits].mean())
+        assert phototour_ratio_map(x, points, images) == pytest.approx(np.mean(scores), abs=1e-9)
+        assert phototour_ratio_map(torch.from_numpy(x).float(), points, torch.from_numpy(images)) == pytest.approx(
+            np.mean(scores), abs=1e-5
+        )
+        assert 0.1 < np.mean(scores) < 0.9
+
+    def test_constant_and_perfect(self):
+        points = np.array([0, 0, 1, 1, 2])
+        assert phototour_ratio_map(np.full((5, 7), 0.3, np.float32), points, np.zeros(5, int)) == 0
+        assert phototour_ratio_map(np.eye(3)[points], points, np.zeros(5, int)) == 1
+
+    def test_invalid(self):
+        points = np.array([0, 0, 1])
+        with pytest.raises(ValueError, match='none of 2 images'):
+            phototour_ratio_map(np.eye(3), points, np.array([0, 1, 1]))
+        with pytest.raises(ValueError, match=r'3 descriptors need as many point_ids'):
+            phototour_ratio_map(np.eye(3), points[:2], points)
+        with pytest.raises(ValueError, match='NaN'):
+            phototour_ratio_map(np.diag([1, np.nan, 1]), points, np.zeros(3, int))
+
+
+class TestSIFT:
+    @pytest.fixture(autouse=True)
+    def opencv(self):
+        pytest.importorskip('cv2')
+
+    @pytest.mark.parametrize('side', [32, 64])
+    def test_a_grating_has_one_orientation(self, side):
+        """Light that changes along x alone: bins 0 and 4 of the eight, in all sixteen cells, mirrored left to right."""
+        wave = 128 + 100 * np.sin(np.arange(side) * 8 * np.pi / side)
+        patches = np.tile(wave.astype(np.uint8), (2, side, 1))
+        patches[1] = patches[1].T
+        along_x, along_y = sift_descriptors(patches).reshape(2, 16, 8)
+        for bins, first in ((along_x, 0), (along_y, 2)):
+            share = bins[:, [first, first + 4]].sum() / bins.sum()
+            assert share > 0.95
+            assert (bins.sum(1) > 0).all()
+
+    def test_root_and_flat_patches(self):
+        patches = np.random.default_rng(0).integers(0, 256, (300, 32, 32), dtype=np.uint8)
+        patches[7] = 90
+        sift, root = sift_descriptors(patches), sift_descriptors(torch.from_numpy(patches), root=True)
+        assert sift.shape == root.shape == (300, 128)
+        assert not sift[7].any()
+        assert not root[7].any()
+        used = np.arange(300) != 7
+        assert np.allclose(root[used] ** 2, sift[used] / sift[used].sum(1, keepdims=True), atol=1e-7)
+        assert np.allclose(np.linalg.norm(root[used], axis=1), 1, atol=1e-5)
+        assert np.array_equal(sift_descriptors(patches[250:260]), sift[250:260])
+        with pytest.raises(ValueError, match=r'uint8 of shape \(N, S, S\), not float64'):
+            sift_descriptors(patches / 255)
+
+    @pytest.mark.skipif(not PHOTOTOUR.is_dir(), reason='CSA_ZOO_DATA names no folder with phototour/')
+    @pytest.mark.parametrize(('scene', 'sift', 'root'), [('sceaux', 6.5, 8.4), ('buddha', 4.8, 11.5)])
+    def test_real_scene(self, scene, sift, root):
+        data = load_phototour(PHOTOTOUR / scene, size=64)
+        for expected, kind in ((sift, False), (root, True)):
+            x = torch.from_numpy(sift_descriptors(data.patches, kind))
+            distances = (x[data.pairs.index1] - x[data.pairs.index2]).norm(dim=1)
+            assert 100 * fpr_at_recall(distances, data.pairs.is_match) == pytest.approx(expected, abs=0.06)

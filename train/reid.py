@@ -28,7 +28,7 @@ from csa_zoo.data.images import PersonBatches, cache_splits, normalize, train_la
 from csa_zoo.evaluation.people import embed_people
 from csa_zoo.losses import PartLoss
 from csa_zoo.recipes import RecipeParser
-from csa_zoo.runs import Run
+from csa_zoo.runs import Run, use_all_cores
 
 DEFAULT_RECIPE = Path(__file__).parent / 'recipes' / 'pedestrians.yaml'
 
@@ -95,6 +95,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     """Train as the command line says; returns the metrics that it writes."""
     recipe, launch = RecipeParser(Recipe, __doc__, DEFAULT_RECIPE).parse_recipe(argv)
     accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
+    use_all_cores(accelerator)
     set_seed(recipe.seed)
 
     with accelerator.main_process_first():  # the others find the cache

@@ -6,9 +6,10 @@ noise in position, size and shape (easy, hard, tough), which makes sixteen patch
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +28,8 @@ def load_hpatches(root: str | Path, size: int = 32, progress: bool = True) -> di
     """Read the patches of all sequences in a folder such as `hpatches-release`.
 
     The folder holds `<sequence>/<type>.png`: strips of grey 65x65 patches one below the other, equally many in all
-    sixteen. Names of sequences begin with `i_` (the light changes) or `v_` (the viewpoint does). The decoded patches are
-    cached as a memory-mapped array; see `csa_zoo.data.patches.cache_folder`.
+    sixteen. Names of sequences begin with `i_` (the light changes) or `v_` (the viewpoint does). The decoded patches
+    are cached as a memory-mapped array; see `csa_zoo.data.patches.cache_folder`.
 
     Args:
         root: The folder.
@@ -86,9 +87,9 @@ def as_patch_set(patches: Mapping[str, Tensor]) -> PatchSet:
     return PatchSet(torch.cat([stack.flatten(0, 1) for stack in patches.values()]), torch.from_numpy(ids))
 
 
-def _point_ids(counts: Sequence[int]) -> np.ndarray:
-    first = np.cumsum([0, *counts])
-    ids = [np.tile(np.arange(low, high), len(PATCH_TYPES)) for low, high in zip(first[:-1], first[1:], strict=True)]
+def _point_ids(counts: Iterable[int]) -> np.ndarray:
+    bounds = np.cumsum([0, *counts])
+    ids = [np.tile(np.arange(first, last), len(PATCH_TYPES)) for first, last in pairwise(bounds)]
     return np.concatenate(ids).astype(np.int64)
 
 
@@ -224,6 +225,8 @@ def _read_table(path: Path) -> np.ndarray:
         table = np.loadtxt(path, np.float32, delimiter=';' if ';' in first else ',', ndmin=2)
     except ValueError as error:
         raise ValueError(f'{path} is no table of numbers ({error})') from error
+    if not table.size:
+        raise ValueError(f'{path} is empty: describe all patches of the sequence again')
     if table.shape[1] < 2:
         raise ValueError(f'{path} has {table.shape[1]} numbers in a row: delimit them by "," or by ";"')
     return table

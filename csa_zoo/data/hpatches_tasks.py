@@ -202,6 +202,8 @@ def _read_list(path: Path, names: Sequence[str]) -> np.ndarray:
         table = np.loadtxt(path, dtype, delimiter=',', skiprows=1, ndmin=1)
     except ValueError as error:
         raise ValueError(f'{path} is no list of {",".join(header)} ({error})') from error
+    if not len(table):
+        raise ValueError(f'{path} has no row: it is cut short')
     ascending = np.array(sorted(names), 'S64')
     number = np.array([names.index(name) for name in sorted(names)], np.int32)
     rows = np.empty((len(table), len(header)), np.int32)

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from csa_zoo.data.hpatches_tasks import HPatchesTasks
-from csa_zoo.evaluation.distances import Proximity, full_precision
+from csa_zoo.evaluation.distances import Proximity
 from csa_zoo.evaluation.patches import average_precision
 
 NOISE = ('easy', 'hard', 'tough')
@@ -232,15 +232,16 @@ def _retrieval(stacks: _Stacks, tasks: HPatchesTasks, official_ties: bool) -> di
 
 
 def _distractors_before(stacks: _Stacks, queries: np.ndarray, distractors: np.ndarray, official_ties: bool) -> Tensor:
-    """Distractors that precede each positive: (Q, 3, 8, 5) by noise, pool (the last of all) and positive, nearest first.
-
-    Those of the query's own sequence do not count.
+    """Distractors of other sequences than the query's that precede each of its positives.
 
     Args:
         stacks: The descriptors.
         queries: (Q, 2), a sequence's together.
         distractors: (R, 2).
         official_ties: Let the positive precede its equals.
+
+    Returns:
+        (Q, 3, 8, 5) by noise, pool (the last of all distractors) and positive, nearest first.
     """
     sequence, index = queries.T
     query = stacks.gather(sequence, np.zeros_like(sequence), index)
@@ -262,8 +263,7 @@ def _distractors_before(stacks: _Stacks, queries: np.ndarray, distractors: np.nd
             nearer = torch.empty_like(scores[start:end])
             for positive in range(15):
                 torch.ge(scores[start:end], needed[block, positive, None], out=nearer)
-                with full_precision(proximity.device):
-                    counts[block, positive] = nearer @ pools
+                torch.mm(nearer, pools, out=counts[block, positive])  # with `out` autocast cannot round the counts
     return counts.view(-1, 3, 5, len(POOLS) + 1).transpose(2, 3)
 
 
