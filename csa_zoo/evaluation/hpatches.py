@@ -99,18 +99,12 @@ class _Stacks:
 
     def squared_distances(self, pairs: np.ndarray, noise: int) -> Tensor:
         """(P,) squared distances of pairs (P, 6) whose images other than the reference have this noise."""
-        chunks = np.array_split(pairs, -(-len(pairs) // PAIRS_AT_ONCE))
-        return torch.cat(
-            [
-                (
-                    self.gather(rows[:, 0], _patch_type(rows[:, 1], noise), rows[:, 2])
-                    - self.gather(rows[:, 3], _patch_type(rows[:, 4], noise), rows[:, 5])
-                )
-                .square_()
-                .sum(1)
-                for rows in chunks
-            ]
-        )
+        distances = []
+        for rows in np.array_split(pairs, -(-len(pairs) // PAIRS_AT_ONCE)):
+            first = self.gather(rows[:, 0], _patch_type(rows[:, 1], noise), rows[:, 2])
+            second = self.gather(rows[:, 3], _patch_type(rows[:, 4], noise), rows[:, 5])
+            distances.append(first.sub_(second).square_().sum(1))
+        return torch.cat(distances)
 
 
 def _as_stack(values: Tensor | np.ndarray, name: str) -> Tensor:
@@ -148,11 +142,10 @@ def _verification(stacks: _Stacks, tasks: HPatchesTasks) -> dict[str, float]:
         for kind in ('inter', 'intra'):
             negatives = stacks.squared_distances(getattr(tasks, kind), noise).sort().values
             # Negatives at a positive's own distance precede it.
-            nearest = positives[:fifth].sort().values
-            trapezoid, step = average_precision(torch.searchsorted(negatives, nearest, right=True), fifth)
+            before = torch.searchsorted(negatives, positives, right=True)
+            trapezoid, step = average_precision(before[:fifth].sort().values, fifth)
             metrics[f'verification_{level}_{kind}'] = trapezoid.item()
             steps.append(step.item())
-            before = torch.searchsorted(negatives, positives, right=True)
             areas.append(1 - before.double().mean().item() / len(negatives))
     by_level = {
         f'verification_{n}': _mean([metrics[f'verification_{n}_{k}'] for k in ('inter', 'intra')]) for n in NOISE
