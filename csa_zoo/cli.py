@@ -66,6 +66,31 @@ def main(argv: list[str] | None = None) -> int:
     verb.add_argument('--queries', type=int, default=6, help='ranked lists to draw (default: 6)')
     verb.add_argument('--output', help='folder for the figures (default: the run)')
 
+    for name, run, summary, example in (
+        (
+            'card',
+            card,
+            'show the model card of a run',
+            'csa-zoo card runs/pedestrians --repo-id me/resnet18_pcb_csa.mine',
+        ),
+        (
+            'publish',
+            publish,
+            'upload a run to the Hugging Face Hub',
+            'csa-zoo publish runs/mine --repo-id me/name --dry-run',
+        ),
+    ):
+        verb = _add(verbs, name, run, summary, example)
+        verb.add_argument('folder', metavar='RUN', help='folder of the run')
+        verb.add_argument('--repo-id', required=True, help='owner/name on the Hub')
+        verb.add_argument(
+            '--license', help="of the weights (default: that of the weights they started from, or the zoo's)"
+        )
+        if run is publish:
+            verb.add_argument('--private', action='store_true', help='make a new repository private')
+            verb.add_argument('--dry-run', action='store_true', help='show what would be uploaded, and upload nothing')
+            verb.add_argument('--create-pr', action='store_true', help='open a pull request instead of committing')
+
     options = parser.parse_args(argv)
     try:
         return options.run(options) or 0
@@ -178,6 +203,29 @@ def visualize(options: argparse.Namespace) -> None:
         print(output / 'attention.png')
 
 
+def card(options: argparse.Namespace) -> None:
+    """Print the card."""
+    from .hub import render_card
+
+    print(render_card(options.folder, options.repo_id, license=options.license))
+
+
+def publish(options: argparse.Namespace) -> None:
+    """Upload, and print where it is."""
+    from . import hub
+
+    print(
+        hub.publish(
+            options.folder,
+            options.repo_id,
+            private=options.private,
+            dry_run=options.dry_run,
+            create_pr=options.create_pr,
+            license=options.license,
+        )
+    )
+
+
 def _embed(options: argparse.Namespace):
     """The model that the options name, the data set, its images, and their embeddings."""
     from pathlib import Path
@@ -190,6 +238,7 @@ def _embed(options: argparse.Namespace):
 
     from .data import cache_splits, load_reid
     from .evaluation.people import embed_people
+    from .hub import check_repository
     from .recipes import RECIPE_FILE
 
     folder = Path(options.model)
@@ -203,6 +252,8 @@ def _embed(options: argparse.Namespace):
         options.root or (recipe.get('root') if own else None),
         **(recipe.get('data_options', {}) if own and not options.root else {}),
     )
+    if options.model.startswith('hf-hub:'):
+        check_repository(options.model.removeprefix('hf-hub:'))
     accelerator = Accelerator()
     name = f'local-dir:{folder}' if is_run else options.model
     model = timm.create_model(name, pretrained=True).to(accelerator.device).eval()

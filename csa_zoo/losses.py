@@ -1,6 +1,7 @@
 """What is optimised: the HardNet and RAL losses of descriptors, the part losses of PCB and deep supervision.
 
 HardNet: Mishchuk et al., NIPS 2017. RAL: Xu et al., ACCV 2018. Deep supervision: equation [8] of the CSA paper.
+Batch-hard triplets: Hermans et al., "In Defense of the Triplet Loss for Person Re-Identification", 2017.
 """
 
 from collections.abc import Sequence
@@ -92,8 +93,42 @@ class RALLoss(_HardestInBatchLoss):
         return 1 + torch.tanh(positive - negative)
 
 
+class TripletLoss(nn.Module):
+    """Batch-hard triplet loss: each descriptor's farthest positive against its nearest negative in the batch.
+
+    In several processes positives and negatives come from all of them, with the exact gradient of the whole batch.
+    """
+
+    def __init__(self, margin: float = 0.3):
+        """Create the loss with a margin between positive and negative distance."""
+        super().__init__()
+        self.margin = margin
+
+    def forward(self, descriptors: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Loss of a batch with several descriptors of each identity.
+
+        Args:
+            descriptors: (B, D), of unit length, which the margin is meant for.
+            labels: Identity of each (B,). One that is the only one of its identity has distance 0 to its positive.
+
+        Returns:
+            The mean loss, a float32 scalar; in several processes times their number.
+        """
+        with torch.autocast(descriptors.device.type, enabled=False):
+            descriptors, labels = _whole_batch(descriptors.float()), _whole_batch(labels)
+            squares = descriptors.square().sum(1)
+            distances = squares[:, None] + squares - 2 * descriptors @ descriptors.T
+            distances = (distances.clamp_min(0) + 1e-6).sqrt()  # a finite derivative, also on the diagonal
+            same = labels[:, None] == labels
+            positive = distances.masked_fill(~same, 0).amax(1)
+            negative = distances.masked_fill(same, torch.inf).amin(1)
+            return F.relu(self.margin + positive - negative).mean() * _world_size()
+
+
 class PartLoss(nn.Module):
     """PCB with what it is trained by: the sum of the parts' cross-entropies, plus deep supervision [8].
+
+    A triplet loss on the descriptor may be added.
 
     This module owns the model and the auxiliary branches (global average pooling, linear to 256, linear classifier, one
     after each stage of `aux_stages`), so that it is what data parallelism wraps, and the model alone is what is
@@ -101,7 +136,12 @@ class PartLoss(nn.Module):
     """
 
     def __init__(
-        self, model: PCB, aux_stages: Sequence[int] = (), aux_weight: float = 1.0, label_smoothing: float = 0.0
+        self,
+        model: PCB,
+        aux_stages: Sequence[int] = (),
+        aux_weight: float = 1.0,
+        label_smoothing: float = 0.0,
+        triplet_weight: float = 0.0,
     ):
         """Create the branches.
 
@@ -110,6 +150,7 @@ class PartLoss(nn.Module):
             aux_stages: Stages that get an auxiliary branch, from 0; usually those that attention follows.
             aux_weight: λ, the weight of the auxiliary losses.
             label_smoothing: Of every cross-entropy, in [0, 1).
+            triplet_weight: Of the triplet loss; 0 for none.
 
         Raises:
             ValueError: If the model has no classes.
@@ -120,6 +161,8 @@ class PartLoss(nn.Module):
         self.model = model
         self.aux_weight = aux_weight
         self.label_smoothing = label_smoothing
+        self.triplet_weight = triplet_weight
+        self.triplet = TripletLoss()
         self.levels = [stage + 1 for stage in aux_stages]  # in feature_info the stem comes first
         self.aux = nn.ModuleList(
             _auxiliary_branch(model.feature_info[level]['num_chs'], model.num_classes) for level in self.levels
@@ -134,7 +177,8 @@ class PartLoss(nn.Module):
 
         Returns:
             `loss` to back-propagate and, detached, `part_loss` and `aux_loss` that it is made of, and `accuracy`: the
-            fraction of images whose mean part logits are highest at their own class. All scalars.
+            fraction of images whose mean part logits are highest at their own class. All scalars. `triplet_loss` is
+            there if it has a weight.
         """
         features, levels = (
             self.model.forward_intermediates(images, indices=self.levels)
@@ -153,12 +197,17 @@ class PartLoss(nn.Module):
             ),
             start=part_loss.new_zeros(()),
         )
-        return {
+        values = {
             'loss': part_loss + self.aux_weight * aux_loss,
             'part_loss': part_loss.detach(),
             'aux_loss': aux_loss.detach(),
             'accuracy': (logits.detach().mean(1).argmax(1) == labels).float().mean(),
         }
+        if self.triplet_weight:
+            triplet_loss = self.triplet(self.model.forward_descriptor(features), labels)
+            values['loss'] = values['loss'] + self.triplet_weight * triplet_loss
+            values['triplet_loss'] = triplet_loss.detach() / _world_size()
+        return values
 
     def _cross_entropy(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)

@@ -29,6 +29,12 @@ def use_all_cores(accelerator: Accelerator) -> None:
         torch.set_num_threads(max(1, cores // accelerator.num_processes))
 
 
+def finished_epochs(folder: Path | None) -> int:
+    """Number of epochs after which a run's state was saved last; 0 for no run, and for one without a state."""
+    state = _latest_state(folder) if folder else None
+    return len((state / HISTORY).read_text().splitlines()) if state else 0
+
+
 class Run:
     """One training run: its folder, and how far it has got.
 
@@ -74,11 +80,11 @@ class Run:
 
     @classmethod
     def _resume(cls, accelerator: Accelerator, folder: Path) -> 'Run':
-        states = sorted(path for path in (folder / STATES).glob('epoch_*') if path.suffix != '.tmp')
-        if not states:  # killed in its first epoch
+        state = _latest_state(folder)
+        if not state:  # killed in its first epoch
             return cls(accelerator, folder, [])
-        accelerator.load_state(str(states[-1]))
-        history = [json.loads(line) for line in (states[-1] / HISTORY).read_text().splitlines()]
+        accelerator.load_state(str(state))
+        history = [json.loads(line) for line in (state / HISTORY).read_text().splitlines()]
         return cls(accelerator, folder, history)
 
     @property
@@ -109,29 +115,38 @@ class Run:
             self._plot()
         self.accelerator.wait_for_everyone()
 
-    def save_model(self, model: nn.Module, model_args: dict[str, Any], data_config: dict[str, Any]) -> None:
+    def save_model(
+        self, model: nn.Module, model_args: dict[str, Any], data_config: dict[str, Any], subfolder: str = ''
+    ) -> None:
         """Write `model.safetensors` and `config.json`: `timm.create_model('local-dir:FOLDER', pretrained=True)`.
 
         Args:
             model: The timm model, unwrapped.
             model_args: Arguments that it was made with, besides the defaults of its name.
             data_config: What its preprocessing differs in from the name's defaults, such as `input_size`.
+            subfolder: Where in the run's folder.
         """
         if self.accelerator.is_main_process:
             # safetensors wants contiguous tensors, training may have made them channels_last
             exported = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format)
-            exported.pretrained_cfg = {**exported.pretrained_cfg, **data_config, 'num_classes': model.num_classes}
+            exported.pretrained_cfg = {
+                **exported.pretrained_cfg,
+                **data_config,
+                'num_classes': model.num_classes,
+                'description': None,  # the registry's is of the weights that training began with
+            }
             partial = self.folder / 'model.tmp'
             timm.models.save_for_hf(exported, str(partial), model_args=model_args, safe_serialization=True)
+            (self.folder / subfolder).mkdir(exist_ok=True)
             for file in partial.iterdir():
-                os.replace(file, self.folder / file.name)
+                os.replace(file, self.folder / subfolder / file.name)
             partial.rmdir()
         self.accelerator.wait_for_everyone()
 
-    def save_metrics(self, metrics: dict[str, Any]) -> None:
-        """Write `metrics.json`."""
+    def save_metrics(self, metrics: dict[str, Any], subfolder: str = '') -> None:
+        """Write `metrics.json`, in a subfolder that a model was saved in if there is one."""
         if self.accelerator.is_main_process:
-            _replace(self.folder / METRICS, json.dumps(metrics, indent=2) + '\n')
+            _replace(self.folder / subfolder / METRICS, json.dumps(metrics, indent=2) + '\n')
 
     def _plot(self) -> None:
         """Draw every figure of the history against epochs, one panel each."""
@@ -147,6 +162,11 @@ class Run:
         partial = self.folder / 'curves.tmp.png'
         figure.savefig(partial, dpi=120)
         os.replace(partial, self.folder / CURVES)
+
+
+def _latest_state(folder: Path) -> Path | None:
+    states = sorted(path for path in (folder / STATES).glob('epoch_*') if path.suffix != '.tmp')
+    return states[-1] if states else None
 
 
 def _free_folder(folder: Path) -> Path:

@@ -124,8 +124,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         started = time.perf_counter()
         loss = train_epoch(accelerator, net, loss_function, optimizer, schedule, batches, run.epoch)
         seconds = time.perf_counter() - started
+        run.save_model(model, model_args, {})  # before the state: a kill between the two repeats the epoch
         run.finish_epoch({'loss': loss, **evaluate(accelerator, model, tests), 'seconds': seconds})
-        run.save_model(model, model_args, {})
     return report(accelerator, run, recipe)
 
 

@@ -253,6 +253,7 @@ class PersonBatches:
         *,
         flip: bool = True,
         padding: int = 0,
+        images_per_person: int = 0,
         seed: int = 0,
         device: torch.device | str = 'cpu',
         rank: int = 0,
@@ -266,6 +267,7 @@ class PersonBatches:
             batch_size: Images in a batch, over all processes.
             flip: Mirror half of the images.
             padding: Shift each image by up to so many pixels in each direction; see `pad_crop`.
+            images_per_person: Fill batches with so many images each of as many people as fit; 0 for images at random.
             seed: Seed of all epochs.
             device: Where the batches are wanted.
             rank: This process, from 0.
@@ -284,8 +286,11 @@ class PersonBatches:
             raise ValueError(f'batch_size is {batch_size}, but must be a multiple of {world}, the number of processes')
         if padding < 0:
             raise ValueError(f'padding must not be negative, but is {padding}')
+        if images_per_person and batch_size % images_per_person:
+            raise ValueError(f'batch_size is {batch_size}, but must be a multiple of {images_per_person} per person')
         self.images, self.labels = images, np.asarray(labels, dtype=np.int64)
         self.batch_size, self.flip, self.padding, self.seed = batch_size, flip, padding, seed
+        self.images_per_person = images_per_person
         self.device = torch.device(device)
         share = batch_size // world
         self.rows = slice(rank * share, (rank + 1) * share)
@@ -306,7 +311,11 @@ class PersonBatches:
         """
         rng = np.random.default_rng([self.seed, epoch])
         shape = len(self), self.batch_size
-        order = rng.permutation(len(self.images))[: len(self) * self.batch_size].reshape(shape)[:, self.rows]
+        if self.images_per_person:
+            order = person_order(self.labels, self.images_per_person, rng)
+        else:
+            order = rng.permutation(len(self.images))
+        order = order[: len(self) * self.batch_size].reshape(shape)[:, self.rows]
         coins = torch.from_numpy(rng.random(shape)[:, self.rows] < 0.5)
         shifts = torch.from_numpy(rng.integers(-self.padding, self.padding + 1, (*shape, 2))[:, self.rows])
         with ThreadPoolExecutor(1) as thread:
@@ -328,6 +337,29 @@ class PersonBatches:
         # The default mode would copy twice, to leave `out` untouched by an index that is out of range.
         np.take(self.images, index, axis=0, out=images.numpy(), mode='clip')
         return images.permute(0, 3, 1, 2), torch.from_numpy(self.labels[index])
+
+
+def person_order(labels: np.ndarray, images_per_person: int, rng: np.random.Generator) -> np.ndarray:
+    """Order of the images in which groups of one person follow each other, the groups in random order.
+
+    Each image is in one group; a person's last group is filled up with images that are in another one.
+
+    Args:
+        labels: (N,) class indices, each of 0..K-1 at least once.
+        images_per_person: Images in a group.
+        rng: Source of the order.
+
+    Returns:
+        (M,) indices of images, M >= N.
+    """
+    shuffled = rng.permutation(len(labels))
+    shuffled = shuffled[np.argsort(labels[shuffled], kind='stable')]  # one person after another
+    counts = np.bincount(labels)
+    rounded = -(-counts // images_per_person) * images_per_person
+    person = np.repeat(np.arange(len(counts)), rounded)
+    turn = np.arange(len(person)) - np.repeat(np.cumsum(rounded) - rounded, rounded)
+    groups = shuffled[(np.cumsum(counts) - counts)[person] + turn % counts[person]].reshape(-1, images_per_person)
+    return rng.permutation(groups).reshape(-1)
 
 
 def flip_images(images: Tensor, coins: Tensor) -> Tensor:

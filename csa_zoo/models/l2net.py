@@ -9,7 +9,6 @@ with two losses; each has its names and its weights here.
 import torch
 from timm.layers import get_device_dtype, to_2tuple
 from timm.models import (
-    build_model_with_cfg,
     checkpoint_seq,
     generate_default_cfgs,
     register_model,
@@ -18,6 +17,7 @@ from timm.models._features import feature_take_indices
 from torch import nn
 
 from ..attention import inject_attention
+from .safetensors_only import build_model_from_safetensors
 
 __all__ = ['L2Net']
 
@@ -264,7 +264,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_l2net(variant: str, pretrained: bool = False, **kwargs) -> L2Net:
-    return build_model_with_cfg(
+    return build_model_from_safetensors(
         L2Net,
         variant,
         pretrained,

@@ -9,15 +9,17 @@ and the paper's reading is the default.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from timm.layers import get_device_dtype
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
 from ..attention import inject_attention
+from .safetensors_only import build_model_from_safetensors
 
 __all__ = ['PCB']
 
@@ -43,9 +45,19 @@ class RefinedPartPool(nn.Module):
     The factor is in the released code only; it gives the parts the magnitude of the stripes that they replace, which
     the trained reduction needs while everything but this classifier is frozen. A descriptor that is normalised per
     part does not depend on it.
+
+    The parts are refined from stripes: a network is first trained with `refined` false, which are the stripes.
     """
 
-    def __init__(self, num_features: int, num_parts: int, variant: str = 'paper', device=None, dtype=None):
+    def __init__(
+        self,
+        num_features: int,
+        num_parts: int,
+        variant: str = 'paper',
+        refined: bool = True,
+        device=None,
+        dtype=None,
+    ):
         """Create the part classifier.
 
         Args:
@@ -53,11 +65,13 @@ class RefinedPartPool(nn.Module):
             num_parts: Number of parts.
             variant: `'paper'`: a linear classifier on the feature vectors. `'released'`: on the vectors after dropout,
                 averaged over 8 neighbouring channels and centred over positions, with a bias.
+            refined: Pool the refined parts, not the stripes.
             device: Where to create the parameters.
             dtype: Type of the parameters.
         """
         super().__init__()
         self.num_parts = num_parts
+        self.refined = refined
         self.released = variant == 'released'
         self.stride = 8 if self.released else 1
         dd = {'device': device, 'dtype': dtype}
@@ -73,6 +87,8 @@ class RefinedPartPool(nn.Module):
         return self.classifier(x).softmax(1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.refined:
+            return F.adaptive_avg_pool2d(x, (self.num_parts, 1)).squeeze(3).transpose(1, 2)
         probabilities = self.part_probabilities(x).flatten(2)
         positions = x.flatten(2)
         return (probabilities @ positions.transpose(1, 2)) * (self.num_parts / positions.shape[2])
@@ -158,6 +174,7 @@ class PCB(ResNet):
         reduction_dim: int = 256,
         shared_reduction: bool = True,
         rpp: str | None = None,
+        refined: bool = True,
         descriptor: str = 'pooled',
         norm: str = 'part',
         drop_rate: float = 0.5,
@@ -179,6 +196,7 @@ class PCB(ResNet):
             reduction_dim: Channels that each part is reduced to.
             shared_reduction: One reduction for all parts, as in the released code, or one for each.
             rpp: Refined part pooling instead of stripes: `'paper'`, `'released'`, or None.
+            refined: With `rpp`: False for the stripes that the network is trained with before its parts are refined.
             descriptor: `'pooled'` (the paper's G, before the reduction) or `'reduced'` (H, after it).
             norm: `'part'`: each part to the same length, the whole to unit length. `'global'`: only the whole.
                 `''`: neither.
@@ -208,6 +226,7 @@ class PCB(ResNet):
         self.feature_info[-1]['reduction'] = 16
         self.num_parts = num_parts
         self.rpp = rpp
+        self.refined = refined
         self.descriptor = descriptor
         self.norm = norm
         self.attention = attention
@@ -227,10 +246,21 @@ class PCB(ResNet):
         elif not self.rpp:
             self.global_pool = PartPool(self.num_parts, pool_type)
         elif pool_type == 'avg':
-            self.global_pool = RefinedPartPool(self.num_features, self.num_parts, self.rpp, device, dtype)
+            self.global_pool = RefinedPartPool(self.num_features, self.num_parts, self.rpp, self.refined, device, dtype)
         else:
             raise ValueError(f"global_pool must be 'avg' or '' (no pooling) with rpp, got {pool_type!r}")
         self.pool_type = pool_type
+
+    @torch.jit.ignore
+    def set_refined(self, refined: bool) -> None:
+        """With RPP: pool the refined parts, or the stripes that the network is trained with before.
+
+        Raises:
+            ValueError: If the model has no part classifier.
+        """
+        if not isinstance(self.global_pool, RefinedPartPool):
+            raise ValueError(f'{type(self).__name__} has no parts to refine: create it with rpp')
+        self.refined = self.global_pool.refined = refined
 
     @torch.jit.ignore
     def backbone_parameters(self) -> list[str]:
@@ -295,11 +325,19 @@ def _keep_resolution(block: nn.Module) -> None:
 
 
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: PCB) -> dict[str, torch.Tensor]:
-    """Let a plain ResNet's weights be loaded: leave out its classifier, fill in what PCB and attention add.
+    """Let the weights of a plain ResNet or of another PCB be loaded; see `convert_checkpoint` for the latter.
 
-    A file that lacks any other weight is an error. timm's loading is not strict if the number of classes differs.
+    Of a ResNet the classifier is left out, and what PCB and attention add is filled in. A file that lacks any other
+    weight is an error. timm's loading is not strict if the number of classes differs.
     """
     wanted = model.state_dict()
+    state_dict = convert_checkpoint(state_dict)
+    if 'global_pool.classifier.bias' in state_dict and model.rpp == 'paper':
+        raise RuntimeError(
+            "the checkpoint has the part classifier of PCB-RPP's released code: create with rpp='released'"
+        )
+    if model.num_classes == 0:
+        state_dict = {key: value for key, value in state_dict.items() if not key.startswith('head.fc.')}
     if not any(key.startswith('head.') for key in state_dict):
         backbone = {key: value for key, value in state_dict.items() if not key.startswith('fc.')}
         state_dict = {**backbone, **{key: value for key, value in wanted.items() if not _is_resnet_key(key)}}
@@ -307,6 +345,65 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: PCB) -> dic
     if missing:
         raise RuntimeError(f'the checkpoint lacks {len(missing)} weights of {type(model).__name__}: {missing[:3]} ...')
     return state_dict
+
+
+class _Layout(NamedTuple):
+    """Where another implementation of PCB keeps its weights: beginnings of keys."""
+
+    backbone: str
+    reduction: str
+    bn: str
+    classifier: str
+
+
+_LAYOUTS = (
+    _Layout('', 'conv5.layers.0.', 'conv5.layers.1.', 'classifier.{}.'),  # torchreid: pcb_p6, pcb_p4
+    _Layout('base.', 'local_conv.', 'feat_bn2d.', 'instance{}.'),  # PCB's authors
+)
+
+
+def convert_checkpoint(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Bring the weights of another implementation of PCB into the layout of this one.
+
+    Known are torchreid's `pcb_p6` and `pcb_p4`, and PCB and PCB-RPP (our `rpp='released'`) as their authors released
+    them, https://github.com/syfafterzy/PCB_RPP_for_reID. `create_model` converts by itself:
+
+        weights = torch.load('checkpoint.pth.tar', weights_only=True)['state_dict']
+        overlay = {'state_dict': weights, 'num_classes': 751}
+        timm.create_model('resnet50_pcb', pretrained=True, num_classes=751, pretrained_cfg_overlay=overlay)
+
+    Args:
+        state_dict: Of any of these, also with the prefix of data parallelism.
+
+    Returns:
+        The state dict of a `PCB`; what is in none of the known layouts is returned as it is.
+    """
+    state_dict = {key.removeprefix('module.'): value for key, value in state_dict.items()}
+    for layout in _LAYOUTS:
+        if f'{layout.reduction}weight' in state_dict:
+            return _from_layout(state_dict, layout)
+    return state_dict
+
+
+def _from_layout(state_dict: dict[str, torch.Tensor], layout: _Layout) -> dict[str, torch.Tensor]:
+    """`state_dict` is used up."""
+    reduction = state_dict.pop(f'{layout.reduction}weight')[:, :, 0, 0]
+    classifiers = []
+    while f'{layout.classifier.format(len(classifiers))}weight' in state_dict:
+        prefix = layout.classifier.format(len(classifiers))
+        classifiers.append((state_dict.pop(f'{prefix}weight'), state_dict.pop(f'{prefix}bias')))
+    weights, biases = zip(*classifiers, strict=True)
+    converted = {'head.fc.weight': torch.stack(weights), 'head.fc.bias': torch.stack(biases)}
+    converted['head.reduction.weight'] = reduction
+    ours = {layout.bn: 'head.bn.', 'local_mask.': 'global_pool.classifier.', layout.backbone: ''}
+    for key, value in state_dict.items():
+        if not key.startswith(f'{layout.backbone}fc.'):  # ImageNet's, which the authors' file carries along
+            theirs = next((prefix for prefix in ours if key.startswith(prefix)), '')
+            converted[ours.get(theirs, '') + key.removeprefix(theirs)] = value
+    for key in list(converted):  # which files from before PyTorch 0.4.1 do not have
+        if key.endswith('running_var'):
+            converted.setdefault(key.replace('running_var', 'num_batches_tracked'), torch.tensor(0))
+    return converted
 
 
 def _is_resnet_key(key: str) -> bool:
@@ -346,7 +443,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_pcb(variant: str, pretrained: bool = False, **kwargs) -> PCB:
-    return build_model_with_cfg(PCB, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+    return build_model_from_safetensors(PCB, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
 
 def _resnet50(variant: str, pretrained: bool, **kwargs) -> PCB:

@@ -1,0 +1,75 @@
+"""The command line on tiny data, as a user types it."""
+
+import csv
+
+import pytest
+import timm
+
+from csa_zoo.cli import main
+from csa_zoo.recipes import RECIPE_FILE
+
+
+@pytest.fixture(scope='module')
+def pedestrians(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('data') / 'pedestrians'
+    assert main(['render-pedestrians', str(folder), '--identities', '8', '--seed', '3']) == 0
+    return folder
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory, pedestrians):
+    """A run folder with an untrained model."""
+    folder = tmp_path_factory.mktemp('run')
+    model = timm.create_model('resnet18_pcb_csa', num_classes=4)
+    model.pretrained_cfg = {**model.pretrained_cfg, 'input_size': (3, 48, 24)}
+    timm.models.save_for_hf(model, str(folder), safe_serialization=True)
+    (folder / RECIPE_FILE).write_text(f'data: pedestrians\nroot: {pedestrians}\ndata_options: {{}}\n')
+    return folder
+
+
+def test_list(capsys):
+    main(['list', '*csa*'])
+    names = [line.split()[0].split('.')[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == timm.list_models('*_csa')
+
+
+def test_rendered_pedestrians_are_a_market_folder(pedestrians, capsys):
+    status = main(['data', 'check', str(pedestrians)])
+    assert status == 0
+    assert 'train' in capsys.readouterr().out
+
+
+def test_data_check_fails_on_a_broken_set(tmp_path, capsys):
+    (tmp_path / 'bounding_box_train').mkdir()
+    assert main(['data', 'check', str(tmp_path), '--name', 'market1501']) == 1
+    assert 'query' in capsys.readouterr().out
+
+
+def test_evaluate_and_visualize(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv('CSA_ZOO_CACHE', str(tmp_path / 'cache'))
+    assert main(['evaluate', str(run), '--csv', str(tmp_path / 'queries.csv'), '--rerank']) == 0
+    printed = capsys.readouterr().out
+    assert 'rank1' in printed and 're-ranking' in printed
+    rows = list(csv.DictReader((tmp_path / 'queries.csv').open()))
+    assert all(int(row['first_rank']) >= 1 for row in rows)
+    assert main(['visualize', str(run), '--queries', '2', '--output', str(tmp_path / 'figures')]) == 0
+    for name in ('ranked_lists.png', 'attention.png'):
+        assert (tmp_path / 'figures' / name).read_bytes().startswith(b'\x89PNG')
+
+
+def test_errors_are_one_line(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(['evaluate', 'resnet18_pcb_csa'])
+    assert exit_.value.code == 1
+    assert capsys.readouterr().err.startswith('csa-zoo: resnet18_pcb_csa does not say which data')
+
+
+VERBS = ['list', 'data check', 'render-pedestrians', 'evaluate', 'visualize', 'card', 'publish']
+
+
+@pytest.mark.parametrize('verb', VERBS)
+def test_help_shows_an_example(verb, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([*verb.split(), '--help'])
+    assert exit_.value.code == 0
+    assert f'example: csa-zoo {verb}' in ' '.join(capsys.readouterr().out.split())
