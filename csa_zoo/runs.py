@@ -22,9 +22,10 @@ def use_all_cores(accelerator: Accelerator) -> None:
     """Share the CPU's cores among the processes of a launch that trains on it.
 
     `accelerate launch` allows each process one thread if it is not told otherwise, which leaves the other cores idle; a
-    higher number that was asked for stays.
+    higher number that was asked for stays, and so does any number in a process that it has not launched.
     """
-    if accelerator.device.type == 'cpu' and os.environ.get('OMP_NUM_THREADS', '1') == '1':
+    launched = 'ACCELERATE_MIXED_PRECISION' in os.environ
+    if launched and accelerator.device.type == 'cpu' and os.environ.get('OMP_NUM_THREADS') == '1':
         cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // accelerator.num_processes))
 

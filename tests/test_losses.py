@@ -86,6 +86,7 @@ def _descriptors(net, batch):
 
 
 def _two_processes(loss_class):
+    torch.set_num_threads(1)  # a forked process has none of its parent's threads, and would wait for them
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 

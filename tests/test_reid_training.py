@@ -291,6 +291,7 @@ def test_triplet_loss_against_loops():
 
 
 def _triplets_in_two_processes():
+    torch.set_num_threads(1)  # a forked process has none of its parent's threads, and would wait for them
     import torch.distributed as dist
 
     descriptors, labels = triplet_batch()
@@ -324,7 +325,8 @@ def test_every_command_of_the_readme_parses():
     """The table that reproduces the paper: each command, on each data set that the paper has figures of."""
     readme = (SCRIPT.parent.parent / 'README.md').read_text()
     section = readme.split('<!-- reproduce:')[1].split('<!-- end of reproduce -->')[0]
-    rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in section.splitlines() if '`reid' in line]
+    lines = [line for line in section.splitlines() if line.startswith('|') and '`reid' in line]
+    rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in lines]
     assert Counter(row[0] for row in rows) == {'1': 6, '2': 4, '3': 4, '4': 4, '5': 4}
     module = load_script()
     recipes = {}

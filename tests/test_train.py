@@ -129,6 +129,7 @@ def test_two_processes_run(tmp_path):
 
 
 def _part_loss_in_two_processes():
+    torch.set_num_threads(1)  # a forked process has none of its parent's threads, and would wait for them
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
