@@ -49,7 +49,10 @@ def cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp('cache')
     before = os.environ.get('CSA_ZOO_CACHE')
     os.environ['CSA_ZOO_CACHE'] = str(folder)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # another number would round differently, and no two runs were equal bit for bit
     yield folder
+    torch.set_num_threads(threads)
     os.environ.pop('CSA_ZOO_CACHE')
     if before:
         os.environ['CSA_ZOO_CACHE'] = before
@@ -90,7 +93,10 @@ def launch(name, arguments, processes=1):
     environment = {**os.environ, 'ACCELERATE_USE_CPU': 'true', 'OMP_NUM_THREADS': '1'}
     several = ['--multi_gpu', f'--num_processes={processes}'] if processes > 1 else ['--num_processes=1']
     command = [sys.executable, '-m', 'accelerate.commands.launch', *several, str(SCRIPTS / f'{name}.py'), *arguments]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    if processes == 1 and hasattr(os, 'sched_setaffinity'):  # one thread, as here
+        os.sched_setaffinity(process.pid, {min(os.sched_getaffinity(0))})
+    return process
 
 
 @pytest.mark.parametrize(('name', 'arguments'), [('reid', REID), ('descriptor', DESCRIPTOR)])
