@@ -65,6 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     verb.add_argument('model', help='folder of a run')
     verb.add_argument('--queries', type=int, default=6, help='ranked lists to draw (default: 6)')
     verb.add_argument('--output', help='folder for the figures (default: the run)')
+    verb.set_defaults(data=None, root=None, image_size=None, batch_size=256)  # the run's own
 
     for name, run, summary, example in (
         (
@@ -184,8 +185,6 @@ def visualize(options: argparse.Namespace) -> None:
     from .data import normalize
     from .visualize import draw_attention, draw_ranked_lists
 
-    options.data = options.root = options.image_size = None
-    options.batch_size = 256
     model, _, images, people = _embed(options)
     output = Path(options.output or options.model)
     output.mkdir(parents=True, exist_ok=True)

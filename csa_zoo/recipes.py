@@ -114,3 +114,9 @@ def save_recipe(recipe: Any, path: Path) -> None:
     values = {name: getattr(recipe, name) for name in recipe.__dataclass_fields__}
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
     path.write_text(yaml.safe_dump(plain, sort_keys=False))
+
+
+def model_arguments(recipe: Any) -> dict[str, Any]:
+    """Arguments of the model that differ from the defaults of its name."""
+    given = {'attn_stages': recipe.attn_stages, 'attn_kwargs': recipe.attn_kwargs}
+    return {**recipe.model_args, **{name: value for name, value in given.items() if value}}

@@ -13,7 +13,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
+from .data.images import num_cores
 from .recipes import RECIPE_FILE, Launch, save_recipe
+from .version import __version__
 
 HISTORY, METRICS, CURVES, STATES = 'history.jsonl', 'metrics.json', 'curves.png', 'state'
 
@@ -26,8 +28,7 @@ def use_all_cores(accelerator: Accelerator) -> None:
     """
     launched = 'ACCELERATE_MIXED_PRECISION' in os.environ
     if launched and accelerator.device.type == 'cpu' and os.environ.get('OMP_NUM_THREADS') == '1':
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // accelerator.num_processes))
+        torch.set_num_threads(max(1, num_cores() // accelerator.num_processes))
 
 
 def finished_epochs(folder: Path | None) -> int:
@@ -143,6 +144,15 @@ class Run:
                 os.replace(file, self.folder / subfolder / file.name)
             partial.rmdir()
         self.accelerator.wait_for_everyone()
+
+    def summary(self) -> dict[str, Any]:
+        """What `metrics.json` says of any finished run: its length, cost, processes and versions."""
+        return {
+            'epochs': self.epoch,
+            'processes': self.accelerator.num_processes,
+            'train_seconds': sum(record['seconds'] for record in self.history),
+            'versions': {'csa_zoo': __version__, 'timm': timm.__version__, 'torch': torch.__version__},
+        }
 
     def save_metrics(self, metrics: dict[str, Any], subfolder: str = '') -> None:
         """Write `metrics.json`, in a subfolder that a model was saved in if there is one."""

@@ -22,14 +22,13 @@ from torch.nn import SyncBatchNorm
 from torch.optim.lr_scheduler import LinearLR
 from tqdm.auto import tqdm
 
-import csa_zoo
 from csa_zoo.data.pairs import PairBatches
 from csa_zoo.data.patches import PatchSet, concatenate, verification_pairs
 from csa_zoo.data.photographs import bundled_photographs, cut_photographs
 from csa_zoo.data.phototour import load_phototour
 from csa_zoo.evaluation import embed, fpr_at_recall
 from csa_zoo.losses import HardNetLoss, RALLoss
-from csa_zoo.recipes import RecipeParser
+from csa_zoo.recipes import RecipeParser, model_arguments
 from csa_zoo.runs import Run, use_all_cores
 
 DEFAULT_RECIPE = Path(__file__).parent / 'recipes' / 'photographs.yaml'
@@ -168,12 +167,6 @@ def load_patches(sources: Sequence[str | Path], recipe: Recipe) -> PatchSet:
     return concatenate(sets)
 
 
-def model_arguments(recipe: Recipe) -> dict[str, Any]:
-    """Arguments of the model that differ from the defaults of its name."""
-    given = {'attn_stages': recipe.attn_stages, 'attn_kwargs': recipe.attn_kwargs}
-    return {**recipe.model_args, **{name: value for name, value in given.items() if value}}
-
-
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     """The attention's parameters apart, with their own learning rate."""
     attention = {id(p) for name, p in model.named_parameters() if {'csa', 'sa'} & set(name.split('.'))}
@@ -245,10 +238,7 @@ def report(accelerator: Accelerator, run: Run, recipe: Recipe) -> dict[str, floa
             'model': recipe.model,
             'task': 'patch-verification',
             'metrics': metrics,
-            'epochs': run.epoch,
-            'processes': accelerator.num_processes,
-            'train_seconds': sum(record['seconds'] for record in run.history),
-            'versions': {'csa_zoo': csa_zoo.__version__, 'timm': timm.__version__, 'torch': torch.__version__},
+            **run.summary(),
         }
     )
     accelerator.print(f'\n{"test set":30} FPR95 (%)')

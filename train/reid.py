@@ -27,13 +27,12 @@ from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 
-import csa_zoo
 from csa_zoo.data import load_reid
 from csa_zoo.data.images import PersonBatches, cache_splits, normalize, train_labels
 from csa_zoo.evaluation.people import embed_people
 from csa_zoo.losses import PartLoss
 from csa_zoo.models import PCB
-from csa_zoo.recipes import RecipeParser
+from csa_zoo.recipes import RecipeParser, model_arguments
 from csa_zoo.runs import Run, finished_epochs, use_all_cores
 
 DEFAULT_RECIPE = Path(__file__).parent / 'recipes' / 'pedestrians.yaml'
@@ -222,12 +221,6 @@ def stage_of(recipe: Recipe, epoch: int) -> str:
     return 'pcb' if epoch < recipe.epochs - recipe.finetune_epochs - recipe.induce_epochs else 'induce'
 
 
-def model_arguments(recipe: Recipe) -> dict[str, Any]:
-    """Arguments of the model that differ from the defaults of its name."""
-    given = {'attn_stages': recipe.attn_stages, 'attn_kwargs': recipe.attn_kwargs}
-    return {**recipe.model_args, **{name: value for name, value in given.items() if value}}
-
-
 def auxiliary_stages(model: PCB, recipe: Recipe) -> Sequence[int]:
     """Stages under deep supervision."""
     if not recipe.aux_weight:
@@ -392,10 +385,7 @@ def report(accelerator: Accelerator, run: Run, recipe: Recipe) -> dict[str, floa
             'task': 'person re-identification',
             'data': recipe.data,
             'metrics': metrics,
-            'epochs': run.epoch,
-            'processes': accelerator.num_processes,
-            'train_seconds': sum(record['seconds'] for record in run.history),
-            'versions': {'csa_zoo': csa_zoo.__version__, 'timm': timm.__version__, 'torch': torch.__version__},
+            **run.summary(),
         }
     )
     accelerator.print('\n' + ''.join(f'{name:>9}' for name in names.values()))

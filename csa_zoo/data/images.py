@@ -102,7 +102,7 @@ def cache_images(
     if not target.exists():
         with FileLock(target.with_suffix('.lock')):
             if not target.exists():
-                _build(paths, (height, width), resampling, target, workers or _num_cores(), progress)
+                _build(paths, (height, width), resampling, target, workers or num_cores(), progress)
     return np.load(target, mmap_mode='r', allow_pickle=False)
 
 
@@ -123,7 +123,8 @@ def cache_splits(data: datasets.DatasetDict, size: tuple[int, int], **options: A
     return dict(zip(paths, np.split(images, ends[:-1]), strict=True))
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
+    """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
