@@ -1,8 +1,10 @@
 """The folder of a training run: weights that timm loads, metrics, recipe, curves, and a state to resume from."""
 
 import copy
+import ctypes
 import json
 import os
+import platform
 import shutil
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,19 @@ def use_all_cores(accelerator: Accelerator) -> None:
     launched = 'ACCELERATE_MIXED_PRECISION' in os.environ
     if launched and accelerator.device.type == 'cpu' and os.environ.get('OMP_NUM_THREADS') == '1':
         torch.set_num_threads(max(1, num_cores() // accelerator.num_processes))
+
+
+def keep_freed_memory(accelerator: Accelerator) -> None:
+    """Let a process that trains on the CPU reuse the memory of one step in the next.
+
+    glibc hands every large block back to the kernel when it is freed, and the next step pays for each of its pages
+    again. On a 32x32-patch network those faults are a third of the time. Other C libraries are left as they are.
+    """
+    if accelerator.device.type == 'cpu' and platform.libc_ver()[0] == 'glibc':
+        trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def finished_epochs(folder: Path | None) -> int:

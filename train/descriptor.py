@@ -29,7 +29,7 @@ from csa_zoo.data.phototour import load_phototour
 from csa_zoo.evaluation import embed, fpr_at_recall
 from csa_zoo.losses import HardNetLoss, RALLoss
 from csa_zoo.recipes import RecipeParser, model_arguments
-from csa_zoo.runs import Run, use_all_cores
+from csa_zoo.runs import Run, keep_freed_memory, use_all_cores
 
 DEFAULT_RECIPE = Path(__file__).parent / 'recipes' / 'photographs.yaml'
 
@@ -91,6 +91,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     recipe, launch = RecipeParser(Recipe, __doc__, DEFAULT_RECIPE).parse_recipe(argv)
     accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
     use_all_cores(accelerator)
+    keep_freed_memory(accelerator)
     set_seed(recipe.seed)
 
     batches = training_batches(recipe, accelerator)

@@ -33,7 +33,7 @@ from csa_zoo.evaluation.people import embed_people
 from csa_zoo.losses import PartLoss
 from csa_zoo.models import PCB
 from csa_zoo.recipes import RecipeParser, model_arguments
-from csa_zoo.runs import Run, finished_epochs, use_all_cores
+from csa_zoo.runs import Run, finished_epochs, keep_freed_memory, use_all_cores
 
 DEFAULT_RECIPE = Path(__file__).parent / 'recipes' / 'pedestrians.yaml'
 
@@ -123,6 +123,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     recipe, launch = RecipeParser(Recipe, __doc__, DEFAULT_RECIPE).parse_recipe(argv)
     accelerator = make_accelerator(recipe)
     use_all_cores(accelerator)
+    keep_freed_memory(accelerator)
     set_seed(recipe.seed)
 
     with accelerator.main_process_first():  # the others find the cache
