@@ -101,7 +101,7 @@ def test_every_variant_is_a_recipe(study):
 
     module.subprocess.run = parse
     module.main([*where, '--seeds=1'])
-    assert len(set(seen)) == len(module.VARIANTS)
+    assert len(set(seen)) == len(module.STUDIES['reid'].variants)
     assert {model for model, _ in seen} == {'resnet18_pcb', 'resnet18_pcb_sa', 'resnet18_pcb_csa'}
     assert len((folder / 'results.md').read_text().splitlines()) == 2  # nothing was trained, so nothing is listed
 
@@ -111,3 +111,35 @@ def test_a_failed_run_is_named(study):
     module.subprocess.run = lambda command: SimpleNamespace(returncode=1)
     with pytest.raises(SystemExit, match=r'pcb_sa with seed 0 failed.*seed0'):
         module.main([*where, '--variants', 'pcb_sa'])
+
+
+def test_descriptors_are_measured_beside_sift(study, tmp_path):
+    module, _, _, _ = study
+    output, figures = tmp_path / 'descriptors', {'hardnet': [0.1, 0.2], 'ralnet_csa': [0.3, 0.3]}
+
+    def run(command, check=False):
+        """Train or measure, as far as the study can see."""
+        if 'evaluate' in command:
+            folder, report = command[4], command[command.index('--json') + 1]
+            variant, seed = Path(folder).parts[-2:]
+            measured = {folder: {'fpr95': figures[variant][int(seed[-1])]}, 'SIFT': {'fpr95': 0.5}}
+            Path(report).write_text(json.dumps({'scene': measured}))
+        else:
+            folder = Path(next(a.removeprefix('--output=') for a in command if a.startswith('--output=')))
+            folder.mkdir(parents=True)
+            (folder / 'metrics.json').write_text(json.dumps({'metrics': {}, 'train_seconds': 1}))
+            assert ('--model=l2net_ralnet_csa' in command) == ('--loss=ral' in command)
+        return SimpleNamespace(returncode=0)
+
+    module.subprocess.run = run
+    arguments = ['descriptor', f'--output={output}', '--seeds=2', '--patches', 'scene']
+    table = module.main([*arguments, '--variants', 'hardnet', 'ralnet_csa'])
+    assert table.splitlines() == [
+        '| model | runs | fpr95 on scene (%) |',
+        '|---|---|---|',
+        '| L2-Net, HardNet loss | 2 | 15.0 ± 7.1 |',
+        '| SIFT | 1 | 50.0 |',
+        '| L2-Net + CSA, RAL loss | 2 | 30.0 ± 0.0 |',
+    ]
+    with pytest.raises(SystemExit, match='no variant pcb of descriptor'):
+        module.main([*arguments, '--variants', 'pcb'])

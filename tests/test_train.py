@@ -69,7 +69,7 @@ def runs(tmp_path_factory, cache):
 
 
 @pytest.mark.parametrize(
-    ('name', 'image', 'metric'), [('reid', (3, 48, 24), 'rank1'), ('descriptor', (1, 32, 32), 'fpr95_photographs')]
+    ('name', 'image', 'metric'), [('reid', (3, 48, 24), 'rank1'), ('descriptor', (1, 32, 32), 'fpr95_scikit-image')]
 )
 def test_run_folder(runs, name, image, metric):
     folder, metrics = runs[name]

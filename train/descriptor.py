@@ -3,13 +3,13 @@
 With no argument: `l2net_hardnet_csa` on the photographs that come with scikit-image, tested on others of them.
 
     accelerate launch train/descriptor.py
-    accelerate launch train/descriptor.py --config train/recipes/brown/hardnet_csa.yaml --train liberty --test yosemite
-    accelerate launch train/descriptor.py --train my/photographs --test other/photographs
+    accelerate launch train/descriptor.py --config train/recipes/brown/hardnet_csa.yaml --train '["liberty"]' \\
+        --test '["notredame", "yosemite"]'
+    accelerate launch train/descriptor.py --train '["my/photographs"]' --test '["other/photographs"]'
 """
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,11 +22,12 @@ from torch.nn import SyncBatchNorm
 from torch.optim.lr_scheduler import LinearLR
 from tqdm.auto import tqdm
 
-from csa_zoo.data.pairs import PairBatches
-from csa_zoo.data.patches import PatchSet, concatenate, verification_pairs
+from csa_zoo.data.jitter import Jitter
+from csa_zoo.data.pairs import MixedBatches, PairBatches
+from csa_zoo.data.patches import PatchSet, concatenate
 from csa_zoo.data.photographs import bundled_photographs, cut_photographs
 from csa_zoo.data.phototour import load_phototour
-from csa_zoo.evaluation import embed, fpr_at_recall
+from csa_zoo.evaluation.descriptors import BUNDLED, describe_with, verification_fpr95, with_pairs
 from csa_zoo.losses import HardNetLoss, RALLoss
 from csa_zoo.recipes import RecipeParser, model_arguments
 from csa_zoo.runs import Run, keep_freed_memory, use_all_cores
@@ -48,10 +49,12 @@ class Recipe:
     """Further arguments of the model."""
     loss: Literal['hardnet', 'ral'] = 'hardnet'
     """Loss, with the hardest negative in the batch."""
-    train: list[str] = field(default_factory=list)
-    """Folders to train on, in PhotoTour format or with photographs; scikit-image's photographs if none."""
-    test: list[str] = field(default_factory=list)
-    """Folders to test on, each by itself; scikit-image's other photographs if none."""
+    train: list[str] = field(default_factory=lambda: [BUNDLED])
+    """Folders to train on, in PhotoTour format or with photographs; `scikit-image` for the photographs it brings."""
+    train_shares: list[float] = field(default_factory=list)
+    """Share of each of them in every batch, summing to 1; by their numbers of points if not given."""
+    test: list[str] = field(default_factory=lambda: [BUNDLED])
+    """Folders to test on, each by itself; `scikit-image` for others of its photographs."""
     views: int = 6
     """Simulated views of each keypoint of a photograph."""
     points_per_photo: int = 800
@@ -76,6 +79,8 @@ class Recipe:
     """Factor on the learning rate of the attention, which no batch norm keeps in scale."""
     augmentation: Literal['hardnet', 'dihedral'] | None = 'hardnet'
     """Flips, the same for both patches of a pair: half of the eight symmetries, or all."""
+    jitter: bool = False
+    """Disturb each patch on its own too, in geometry and light, as `csa_zoo.data.jitter.Jitter` says."""
     mixed_precision: Literal['no', 'bf16', 'fp16'] | None = None
     """Precision of the network; the launcher's choice if not given."""
     channels_last: bool = False
@@ -129,43 +134,51 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     return report(accelerator, run, recipe)
 
 
-def training_batches(recipe: Recipe, accelerator: Accelerator) -> PairBatches:
-    """The patches to train on, on the device, and how batches are drawn from them."""
+def training_batches(recipe: Recipe, accelerator: Accelerator) -> PairBatches | MixedBatches:
+    """The patches to train on, on the device, and how batches are drawn from them.
+
+    Raises:
+        ValueError: If shares do not sum to 1, or are not one for each source.
+    """
+    shares = recipe.train_shares
+    if shares and (len(shares) != len(recipe.train) or abs(sum(shares) - 1) > 1e-6):
+        raise ValueError(f'train_shares {shares} must sum to 1 and be one for each of {recipe.train}')
     with accelerator.main_process_first():  # the others find the cache
-        patches = load_patches(recipe.train or bundled_photographs()['train'], recipe)
-    return PairBatches(
-        patches.to(accelerator.device),
-        recipe.batch_size,
-        pairs_per_epoch=recipe.pairs_per_epoch,
-        aug=recipe.augmentation,
-        seed=recipe.seed,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-    )
+        sets = [load_patches(source, 'train', recipe) for source in recipe.train]
+    if not shares:
+        sets, shares = [concatenate(sets)], [1.0]
+    world = accelerator.num_processes
+    first = [world * round(recipe.batch_size * share / world) for share in shares[:-1]]
+    batches = [
+        PairBatches(
+            patches.to(accelerator.device),
+            pairs,
+            pairs_per_epoch=recipe.pairs_per_epoch // recipe.batch_size * pairs,
+            aug=recipe.augmentation,
+            jitter=Jitter() if recipe.jitter else None,
+            seed=recipe.seed,
+            rank=accelerator.process_index,
+            world=world,
+        )
+        for patches, pairs in zip(sets, [*first, recipe.batch_size - sum(first)], strict=True)
+    ]
+    return batches[0] if len(batches) == 1 else MixedBatches(batches)
 
 
 def test_sets(recipe: Recipe) -> dict[str, PatchSet]:
     """Patch sets with verification pairs, by name."""
-    if not recipe.test:
-        patches = load_patches(bundled_photographs()['test'], recipe)
-        return {'photographs': replace(patches, pairs=verification_pairs(patches, recipe.test_pairs))}
     tests = {}
-    for folder in recipe.test:
-        patches = load_patches([folder], recipe)
-        tests[Path(folder).name] = replace(
-            patches, pairs=patches.pairs or verification_pairs(patches, recipe.test_pairs)
-        )
+    for source in recipe.test:
+        tests[Path(source).name] = with_pairs(load_patches(source, 'test', recipe), recipe.test_pairs)
     return tests
 
 
-def load_patches(sources: Sequence[str | Path], recipe: Recipe) -> PatchSet:
-    """Patches of PhotoTour folders, which have an `info.txt`, and of photographs."""
-    tours = [source for source in sources if (Path(source) / 'info.txt').is_file()]
-    photographs = [source for source in sources if source not in tours]
-    sets = [load_phototour(tour) for tour in tours]
-    if photographs:
-        sets.append(cut_photographs(photographs, views=recipe.views, points_per_photo=recipe.points_per_photo))
-    return concatenate(sets)
+def load_patches(source: str, split: str, recipe: Recipe) -> PatchSet:
+    """Patches of a PhotoTour folder, which has an `info.txt`, or of photographs."""
+    if (Path(source) / 'info.txt').is_file():
+        return load_phototour(source)
+    photographs = bundled_photographs()[split] if source == BUNDLED else source
+    return cut_photographs(photographs, views=recipe.views, points_per_photo=recipe.points_per_photo)
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
@@ -188,7 +201,7 @@ def train_epoch(
     loss_function: nn.Module,
     optimizer: torch.optim.Optimizer,
     schedule: LinearLR,
-    batches: PairBatches,
+    batches: PairBatches | MixedBatches,
     epoch: int,
 ) -> float:
     """One epoch; returns its mean loss."""
@@ -218,16 +231,9 @@ def evaluate(accelerator: Accelerator, model: nn.Module, tests: dict[str, PatchS
     """False positive rate at 95 % recall on each test set, in [0, 1]."""
     metrics = {}
     for name, patches in tests.items():
-        descriptors = embed(model, patches.patches, scale_patches, accelerator, 1024, f'testing on {name}')
-        first, second, is_match = patches.pairs
-        distances = (descriptors[first] - descriptors[second]).norm(dim=1)
-        metrics[f'fpr95_{name}'] = fpr_at_recall(distances, is_match)
+        descriptors = describe_with(model, accelerator, f'testing on {name}')(patches.patches)
+        metrics[f'fpr95_{name}'] = verification_fpr95(descriptors, patches)
     return metrics
-
-
-def scale_patches(patches: torch.Tensor) -> torch.Tensor:
-    """(B, S, S) uint8 to (B, 1, S, S) in [0, 1]."""
-    return patches.unsqueeze(1).float() / 255
 
 
 def report(accelerator: Accelerator, run: Run, recipe: Recipe) -> dict[str, float]:
@@ -245,7 +251,10 @@ def report(accelerator: Accelerator, run: Run, recipe: Recipe) -> dict[str, floa
     accelerator.print(f'\n{"test set":30} FPR95 (%)')
     for name, value in metrics.items():
         accelerator.print(f'{name.removeprefix("fpr95_"):30} {100 * value:9.2f}')
-    accelerator.print(f'\nThe trained model: timm.create_model("local-dir:{run.folder}", pretrained=True)')
+    accelerator.print(
+        f'\nMore tests, beside SIFT: csa-zoo evaluate {run.folder} --patches {" ".join(recipe.test)}\n'
+        f'The trained model: timm.create_model("local-dir:{run.folder}", pretrained=True)'
+    )
     accelerator.end_training()
     return metrics
 

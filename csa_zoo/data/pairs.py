@@ -3,7 +3,7 @@
 Sampling follows Mishchuk et al., "Working hard to know your neighbor's margins" (HardNet, NeurIPS 2017).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -141,3 +141,24 @@ class PairBatches:
                 pairs = jitter_patches(pairs, JitterDraw(*(field[sampler.rows] for field in draw)))
             anchors, positives = pairs.unbind(1)
             yield anchors.unsqueeze(1), positives.unsqueeze(1)
+
+
+class MixedBatches:
+    """Batches that are filled from several sources, each with its share, so that no batch lacks a kind of data.
+
+    Args:
+        sources: Batches of each source, of as many pairs as its share. An epoch ends with the shortest.
+    """
+
+    def __init__(self, sources: Sequence[PairBatches]) -> None:
+        self.sources = sources
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return min(map(len, self.sources))
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Anchors and positives of all sources, one source after another, as `PairBatches.epoch` gives them."""
+        for parts in zip(*(source.epoch(epoch) for source in self.sources), strict=False):
+            anchors, positives = zip(*parts, strict=True)
+            yield torch.cat(anchors), torch.cat(positives)
