@@ -49,7 +49,7 @@ def detect_keypoints(image: np.ndarray, most: int, min_side: float) -> Keypoints
     usable = inside(square_corners(keypoints), image.shape) & (MAGNIFICATION * keypoints.sigma >= min_side)
     keypoints = keypoints.chosen(usable)
     order = _spread(keypoints.xy, image.shape, most)
-    order = order[_distinct(keypoints.xy[order], keypoints.sigma[order])][:most]
+    order = order[distinct(keypoints.xy[order], keypoints.sigma[order])][:most]
     return keypoints.chosen(order)
 
 
@@ -65,7 +65,7 @@ def _spread(xy: np.ndarray, shape: tuple[int, int], most: int) -> np.ndarray:
     return np.argsort(rank, kind='stable')
 
 
-def _distinct(xy: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+def distinct(xy: np.ndarray, sigma: np.ndarray) -> np.ndarray:
     """Whether each point is kept when, in order, those that show what a kept one shows are dropped.
 
     Alike are two points within 4 pixels, or twice the larger sigma, whose scales differ by less than a factor of 1.6.

@@ -1,7 +1,8 @@
-"""Reader of patch sets in the PhotoTour layout (Winder, Hua & Brown, "Picking the best DAISY", CVPR 2009)."""
+"""Patch sets in the PhotoTour layout (Winder, Hua & Brown, "Picking the best DAISY", CVPR 2009), read and written."""
 
 import math
 import os
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -87,6 +88,61 @@ def load_reference_images(root: str | Path) -> Tensor:
     return torch.from_numpy(images)
 
 
+def check_free(root: str | Path) -> None:
+    """Refuse a folder that holds a patch set, before work is done for it.
+
+    Raises:
+        FileExistsError: If there is one.
+    """
+    root = Path(root).expanduser()
+    if (root / 'info.txt').exists() or any(root.glob('patches*.bmp')):
+        raise FileExistsError(f'{root} holds a PhotoTour set: remove its files, or name another folder')
+
+
+def save_phototour(
+    root: str | Path, patch_set: PatchSet, reference_images: Tensor | None = None, progress: bool = True
+) -> None:
+    """Write a folder in the PhotoTour layout, as `load_phototour` and `load_reference_images` read it.
+
+    Args:
+        root: The folder, made where there is none.
+        patch_set: Patches of 64x64; its P pairs go to `m50_<P>_<P>_0.txt`, in seven columns.
+        reference_images: (N,) integer, from 0, for `interest.txt`; None writes none.
+        progress: Show a progress bar, on a terminal.
+
+    Raises:
+        FileExistsError: If the folder holds a patch set.
+        ValueError: If there is no patch, or its side is not 64, or the reference images are not one per patch.
+    """
+    root, patches, ids = Path(root).expanduser(), patch_set.patches.numpy(), patch_set.point_ids
+    if patches.shape[1:] != (PATCH_SIDE, PATCH_SIDE) or not len(patches):
+        raise ValueError(f'a PhotoTour set needs patches (N, {PATCH_SIDE}, {PATCH_SIDE}), not {patches.shape}')
+    if reference_images is not None and reference_images.shape != ids.shape:
+        raise ValueError(f'{len(ids)} patches, but reference_images has the shape {tuple(reference_images.shape)}')
+    root.mkdir(parents=True, exist_ok=True)
+    check_free(root)
+    with tempfile.TemporaryDirectory(dir=root, prefix='.writing-') as work:
+        work = Path(work)
+        starts = range(0, len(patches), PATCHES_PER_FILE)
+        digits = max(4, len(str(len(starts) - 1)))  # names are sorted when read
+        bar = tqdm(starts, desc=f'writing {root.name}', unit='file', disable=None if progress else True)
+        for number, start in enumerate(bar):
+            mosaic = _lay_mosaic(patches[start : start + PATCHES_PER_FILE])
+            Image.fromarray(mosaic).save(work / f'patches{number:0{digits}d}.bmp')
+        if patch_set.pairs is not None:
+            first, second, _ = patch_set.pairs
+            table = torch.stack([first, ids[first], second, ids[second]], 1).tolist()
+            lines = ''.join(f'{a} {p} 0 {b} {q} 0 0\n' for a, p, b, q in table)
+            (work / f'm50_{len(table)}_{len(table)}_0.txt').write_text(lines)
+        if reference_images is not None:
+            (work / 'interest.txt').write_text(''.join(f'{image}\n' for image in reference_images.tolist()))
+        # In this order a set that is not complete has no info.txt.
+        for path in sorted(work.iterdir()):
+            path.rename(root / path.name)
+        (work / 'info.txt').write_text(''.join(f'{point} 0\n' for point in ids.tolist()))
+        (work / 'info.txt').rename(root / 'info.txt')
+
+
 def _read_columns(path: Path, columns: Sequence[int], kind: str) -> np.ndarray:
     """Integer columns of a text table, whatever the number of columns of each of its lines."""
     if path.stat().st_size == 0:
@@ -150,6 +206,14 @@ def _cut_mosaic(mosaic: np.ndarray, size: int) -> np.ndarray:
         mosaic = ((rows[:, 0::2] + rows[:, 1::2] + 2) >> 2).astype(np.uint8)
     grid = mosaic.reshape(PATCHES_PER_ROW, size, PATCHES_PER_ROW, size)
     return grid.swapaxes(1, 2).reshape(PATCHES_PER_FILE, size, size)
+
+
+def _lay_mosaic(patches: np.ndarray) -> np.ndarray:
+    """At most 256 patches (N, 64, 64) to (1024, 1024), the rest black."""
+    cells = np.zeros((PATCHES_PER_FILE, PATCH_SIDE, PATCH_SIDE), np.uint8)
+    cells[: len(patches)] = patches
+    rows = cells.reshape(PATCHES_PER_ROW, PATCHES_PER_ROW, PATCH_SIDE, PATCH_SIDE).swapaxes(1, 2)
+    return rows.reshape(PATCHES_PER_ROW * PATCH_SIDE, PATCHES_PER_ROW * PATCH_SIDE)
 
 
 def _find_matches(root: Path, matches: str | Path | None) -> Path | None:
