@@ -357,8 +357,23 @@ def test_csv_has_a_line_per_query(tmp_path):
         'path': 'q,2.jpg', 'person_id': '99', 'camera_id': str(rest[1][2]), 'num_positives': '0',
         'first_rank': '', 'ap': '', 'ap_market': '', 'inp': '',
     }  # fmt: skip
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match='1 image paths for 5 queries'):
         results.write_csv(tmp_path / 'queries.csv', image_paths=['one.jpg'])
+
+
+def test_parquet_holds_the_same_as_the_csv(tmp_path):
+    parquet = pytest.importorskip('pyarrow.parquet')
+    query, gallery, query_ids, *rest = problem(6, num_queries=5)
+    query_ids[2] = 99
+    results = reid_per_query(query, gallery, query_ids, *rest)
+    for write, name in ((results.write_csv, 'queries.csv'), (results.write_parquet, 'queries.parquet')):
+        write(tmp_path / name, image_paths=[f'q,{i}.jpg' for i in range(5)])
+    rows = parquet.read_table(tmp_path / 'queries.parquet').to_pylist()
+    assert rows[2]['ap'] is None and rows[2]['num_positives'] == 0
+    assert all(isinstance(row['first_rank'], int) and isinstance(row['inp'], float) for row in rows[:2] + rows[3:])
+    with open(tmp_path / 'queries.csv', newline='', encoding='utf-8') as file:
+        lines = list(csv.DictReader(file))
+    assert [{key: '' if value is None else str(value) for key, value in row.items()} for row in rows] == lines
 
 
 def test_camera_pairs_equal_their_subsets():

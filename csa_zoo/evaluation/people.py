@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..data.images import normalize
+from .colours import colour_histograms
 from .embedding import embed
 from .retrieval import QueryResults, RankedLists, ranked_lists, reid_per_query
 
@@ -27,6 +28,16 @@ class PeopleEvaluation(NamedTuple):
     query: torch.Tensor
     gallery: torch.Tensor
     labels: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+    @classmethod
+    def of(cls, query: torch.Tensor, gallery: torch.Tensor, data: datasets.DatasetDict) -> 'PeopleEvaluation':
+        """With the labels of a set from `load_reid`."""
+        columns = [
+            np.asarray(data[split][column][:])
+            for column in ('person_id', 'camera_id')
+            for split in ('query', 'gallery')
+        ]
+        return cls(query, gallery, tuple(columns))
 
     def results(self) -> QueryResults:
         """What each query found; its `metrics()` are CMC, mAP and mINP."""
@@ -62,7 +73,15 @@ def embed_people(
         F.normalize(embed(model, images[split], preprocess, accelerator, batch_size, f'embedding {split}'))
         for split in ('query', 'gallery')
     )
-    columns = [
-        np.asarray(data[split][column][:]) for column in ('person_id', 'camera_id') for split in ('query', 'gallery')
-    ]
-    return PeopleEvaluation(query, gallery, tuple(columns))
+    return PeopleEvaluation.of(query, gallery, data)
+
+
+def describe_colours(data: datasets.DatasetDict, images: Mapping[str, np.ndarray]) -> PeopleEvaluation:
+    """The same from `colour_histograms`: what a model has to beat.
+
+    Args:
+        data: From `load_reid`.
+        images: From `cache_splits(data, ...)`, at any size.
+    """
+    query, gallery = (torch.from_numpy(colour_histograms(images[split])) for split in ('query', 'gallery'))
+    return PeopleEvaluation.of(query, gallery, data)

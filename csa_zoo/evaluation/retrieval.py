@@ -253,15 +253,35 @@ class QueryResults:
         Raises:
             ValueError: If there are not as many names as queries.
         """
-        columns = {name: values.tolist() for name, values in asdict(self).items()}
-        if image_paths is not None:
-            columns = {'path': list(image_paths)} | columns
-        for name in ('first_rank', 'ap', 'ap_market', 'inp'):
-            columns[name] = [x if n else '' for x, n in zip(columns[name], columns['num_positives'], strict=True)]
+        columns = self._columns(image_paths)
         with open(path, 'w', newline='', encoding='utf-8') as file:
             writer = csv.writer(file)
             writer.writerow(columns)
             writer.writerows(zip(*columns.values(), strict=True))
+
+    def write_parquet(self, path: str | Path, image_paths: Sequence[str] | None = None) -> None:
+        """The same as a Parquet file, with null for empty.
+
+        Args:
+            path: As for `write_csv`.
+            image_paths: As for `write_csv`.
+
+        Raises:
+            ValueError: As `write_csv`.
+        """
+        import pyarrow.parquet  # comes with datasets; metrics alone do not need it
+
+        pyarrow.parquet.write_table(pyarrow.table(self._columns(image_paths)), path)
+
+    def _columns(self, image_paths: Sequence[str] | None) -> dict[str, list]:
+        columns = {name: values.tolist() for name, values in asdict(self).items()}
+        for name in ('first_rank', 'ap', 'ap_market', 'inp'):
+            columns[name] = [x if n else None for x, n in zip(columns[name], columns['num_positives'], strict=True)]
+        if image_paths is None:
+            return columns
+        if len(image_paths) != len(self):
+            raise ValueError(f'{len(image_paths)} image paths for {len(self)} queries')
+        return {'path': list(image_paths)} | columns
 
     @staticmethod
     def concatenate(parts: Sequence['QueryResults']) -> 'QueryResults':
