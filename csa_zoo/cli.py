@@ -17,9 +17,10 @@ def main(argv: list[str] | None = None) -> int:
     verb = _add(verbs, 'list', list_models, 'the registered models', "csa-zoo list '*csa*'")
     verb.add_argument('filter', nargs='?', default='*', help='wildcard, such as *csa*')
 
-    data = verbs.add_parser('data', help='look at data sets', description='Look at data sets.')
+    data = verbs.add_parser('data', help='look at data sets, make one', description='Look at data sets, make one.')
+    data_verbs = data.add_subparsers(metavar='VERB', required=True)
     verb = _add(
-        data.add_subparsers(metavar='VERB', required=True),
+        data_verbs,
         'check',
         check_data,
         'compare a data set on disk with its published counts',
@@ -27,6 +28,24 @@ def main(argv: list[str] | None = None) -> int:
     )
     verb.add_argument('root', help='folder of the data set')
     verb.add_argument('--name', help='which data set it is; found out from its layout if not given')
+
+    verb = _add(
+        data_verbs,
+        'crop-people',
+        crop_people,
+        'make a small set to evaluate on from the people in a video of one static camera',
+        'csa-zoo data crop-people vtest.avi data/vtest --same 3,10 --same 4,13,20',
+    )
+    verb.add_argument('video', help='any file that OpenCV can read')
+    verb.add_argument('output', help='folder to write, with the layout of Market-1501')
+    verb.add_argument(
+        '--same',
+        type=lambda text: [int(number) for number in text.split(',')],
+        action='append',
+        default=[],
+        metavar='N,N',
+        help='person ids of a run without this option that are one person, who came back; may be given several times',
+    )
 
     verb = _add(
         verbs,
@@ -42,18 +61,83 @@ def main(argv: list[str] | None = None) -> int:
 
     verb = _add(
         verbs,
+        'make-patches',
+        make_patches,
+        'cut corresponding patches from a COLMAP reconstruction, or from overlapping photographs',
+        'csa-zoo make-patches project/sparse/0 data/patches --images project/images',
+    )
+    verb.add_argument('source', metavar='MODEL_OR_PHOTOS', help='folder of a COLMAP model, or of photographs')
+    verb.add_argument('output', help='folder to write, in the PhotoTour layout')
+    verb.add_argument('--images', metavar='DIR', help='folder of the photographs of a model')
+    verb.add_argument('--max-points', type=int, default=100_000, help='drawn at random from more (default: 100000)')
+    verb.add_argument('--seed', type=int, default=0, help='of what is drawn (default: 0)')
+
+    verb = _add(
+        verbs,
         'evaluate',
         evaluate,
-        'measure a model on a person re-identification set',
+        'measure a model on a person re-identification set, or a descriptor on patches',
         'csa-zoo evaluate runs/pedestrians --data market1501 --root data/Market-1501 --csv queries.csv',
     )
-    verb.add_argument('model', help='folder of a run, name of a timm model, or hf-hub:owner/name')
+    verb.add_argument(
+        'model', help='folder of a run, name of a timm model, hf-hub:owner/name, or colour-histograms for a baseline'
+    )
     verb.add_argument('--data', help="name of the set (default: the run's own)")
     verb.add_argument('--root', help="where the set is (default: the run's own)")
     verb.add_argument('--image-size', type=int, nargs=2, metavar=('H', 'W'), help="default: the model's input size")
     verb.add_argument('--batch-size', type=int, default=256, help='images in a forward pass (default: 256)')
     verb.add_argument('--rerank', action='store_true', help='k-reciprocal re-ranking too')
-    verb.add_argument('--csv', help='write what each query found to this file')
+    verb.add_argument(
+        '--patches',
+        nargs='+',
+        metavar='FOLDER',
+        help='measure a descriptor beside SIFT and RootSIFT: PhotoTour sets, HPatches, photographs, or scikit-image',
+    )
+    verb.add_argument('--json', help='with --patches: write the figures to this file')
+    verb.add_argument('--camera-pairs', action='store_true', help='rank-1 and mAP of each pair of cameras too')
+    verb.add_argument('--csv', '--per-query', help='write what each query found to this file; .parquet for Parquet')
+    verb.add_argument('--untrained', type=int, metavar='SEED', help='random weights: the score before any training')
+
+    verb = _add(
+        verbs,
+        'benchmark',
+        benchmark,
+        'measure speed and memory of attentions, in networks and alone, side by side',
+        'csa-zoo benchmark --device cuda --dtype bfloat16 --autocast --rounds 20 --output benchmark/cuda_bfloat16',
+    )
+    verb.add_argument('--model', nargs='*', metavar='NAME', help='timm models (default: resnet50_pcb l2net_hardnet)')
+    verb.add_argument(
+        '--attention',
+        nargs='+',
+        metavar='NAME',
+        help="none, csa-gG and csa-literal-gG for G groups, sa, sa-naive, sa-padded, efficient, nystrom; timm's se, "
+        'eca, cbam, coord, gc, nl, bat, halo, lambda; or package.module:Name, called with the channels '
+        '(default: most of these)',
+    )
+    verb.add_argument('--image-size', type=int, nargs=2, metavar=('H', 'W'), help="default: each model's input size")
+    verb.add_argument('--batch-size', type=int, help='default: the pixels of 4 (CPU) or 64 (GPU) images of 384x128')
+    verb.add_argument(
+        '--stages', type=int, nargs='+', metavar='N', help="that attention follows (default: the paper's)"
+    )
+    verb.add_argument('--num-maps', type=int, default=32, help='base attention maps of a group of CSA (default: 32)')
+    verb.add_argument(
+        '--sides',
+        type=int,
+        nargs='*',
+        metavar='H',
+        help='heights and widths to measure growth at (default: 16 32 64 128 256)',
+    )
+    verb.add_argument('--channels', type=int, default=256, help='channels to measure growth at (default: 256)')
+    verb.add_argument('--rounds', type=int, default=5, help='in which all take turns (default: 5)')
+    verb.add_argument('--device', choices=('cuda', 'cpu'), help='default: cuda where there is one, else cpu')
+    verb.add_argument('--dtype', choices=('float32', 'bfloat16', 'float16'), default='float32')
+    verb.add_argument('--autocast', action='store_true', help='keep weights in float32, and let autocast use the dtype')
+    verb.add_argument('--layout', choices=('channels_last', 'contiguous'), default='channels_last')
+    verb.add_argument('--compile', action='store_true', help='by torch.compile')
+    verb.add_argument('--threads', type=int, help="of a CPU (default: PyTorch's choice)")
+    verb.add_argument(
+        '--output', default='benchmark', help='folder for tables, timings and figure (default: benchmark)'
+    )
 
     verb = _add(
         verbs,
@@ -65,7 +149,30 @@ def main(argv: list[str] | None = None) -> int:
     verb.add_argument('model', help='folder of a run')
     verb.add_argument('--queries', type=int, default=6, help='ranked lists to draw (default: 6)')
     verb.add_argument('--output', help='folder for the figures (default: the run)')
-    verb.set_defaults(data=None, root=None, image_size=None, batch_size=256)  # the run's own
+    verb.set_defaults(data=None, root=None, image_size=None, batch_size=256, untrained=None)  # the run's own
+
+    verb = _add(
+        verbs,
+        'match',
+        match,
+        'match two photographs with a descriptor, beside RootSIFT',
+        'csa-zoo match A.jpg B.jpg --model runs/photographs --output matches.png',
+    )
+    verb.add_argument('images', nargs=2, metavar='IMAGE', help='photographs of one thing')
+    verb.add_argument(
+        '--model',
+        default='l2net_hardnet_csa',
+        help='folder of a run, name of a timm model, or hf-hub:owner/name (default: %(default)s)',
+    )
+    verb.add_argument('--keypoints', type=int, default=2048, help='most of an image (default: %(default)s)')
+    verb.add_argument(
+        '--geometry',
+        choices=('homography', 'fundamental'),
+        default='homography',
+        help='which inliers follow: homography for a plane or a camera that only turns (default), fundamental for '
+        'a scene with depth',
+    )
+    verb.add_argument('--output', default='matches.png', help='picture to write (default: %(default)s)')
 
     for name, run, summary, example in (
         (
@@ -92,6 +199,18 @@ def main(argv: list[str] | None = None) -> int:
             verb.add_argument('--dry-run', action='store_true', help='show what would be uploaded, and upload nothing')
             verb.add_argument('--create-pr', action='store_true', help='open a pull request instead of committing')
 
+    verb = _add(
+        verbs,
+        'demo',
+        demo,
+        'search people, match photographs, see attention in a browser',
+        'csa-zoo demo --reid runs/mine',
+    )
+    verb.add_argument('--reid', metavar='MODEL', help='for people: folder of a run, or hf-hub:owner/name')
+    verb.add_argument('--descriptor', metavar='MODEL', help='for patches: the same, or a name with trained weights')
+    verb.add_argument('--gallery', metavar='FOLDER', help='images to search (default: rendered people)')
+    verb.add_argument('--port', type=int, help='of this machine, which alone can see the page (default: 7860 or next)')
+
     options = parser.parse_args(argv)
     try:
         return options.run(options) or 0
@@ -111,17 +230,24 @@ def _add(verbs, name: str, run: Callable, summary: str, example: str) -> argpars
 
 
 def list_models(options: argparse.Namespace) -> None:
-    """Print the zoo's models with their tags and where the weights come from."""
+    """Print the zoo's models: name and tag, input, parameters, key metric, and where the weights come from."""
     import timm
+    import torch
 
     import csa_zoo  # noqa: F401
 
-    ours = [name for name in timm.list_models(options.filter) if _is_ours(name)]
-    for name in ours:
-        for tag, config in timm.models.get_arch_pretrained_cfgs(name).items():
-            source = config.hf_hub_id or config.file or 'no weights yet'
+    from .hub import key_metric
+
+    print(f'{"model":34} {"input":10} {"parameters":>10}  {"key metric":36} weights')
+    for name in timm.list_models(options.filter):
+        if not _is_ours(name):
+            continue
+        with torch.device('meta'):
+            parameters = sum(p.numel() for p in timm.create_model(name, num_classes=0).parameters())
+        for tagged, config in timm.models.get_arch_pretrained_cfgs(name).items():
             size = 'x'.join(map(str, config.input_size))
-            print(f'{name + ("." + tag.split(".")[1] if "." in tag else ""):34} {size:12} {source}')
+            source = config.hf_hub_id or config.file or 'no weights yet'
+            print(f'{tagged:34} {size:10} {parameters / 1e6:8.2f} M  {key_metric(tagged) or "-":36} {source}')
 
 
 def _is_ours(name: str) -> bool:
@@ -139,6 +265,16 @@ def check_data(options: argparse.Namespace) -> int:
     return 0 if report.ok else 1
 
 
+def crop_people(options: argparse.Namespace) -> None:
+    """Cut them out, and say how to use them."""
+    from .data.tracks import crop_people
+
+    root = crop_people(options.video, options.output, options.same)
+    print(f'{root}: use it with --data folder --root {root}')
+    if not options.same:
+        print('people who left and came back have several ids; look at the images, and join these ids with --same')
+
+
 def render_pedestrians(options: argparse.Namespace) -> None:
     """Render, and say where."""
     from .data.pedestrians import render_pedestrians
@@ -148,11 +284,26 @@ def render_pedestrians(options: argparse.Namespace) -> None:
     print(f'{root}: use it with --data pedestrians --root {root}, or as any Market-1501 folder')
 
 
+def make_patches(options: argparse.Namespace) -> None:
+    """Write the folder, and say what is in it and what was left out."""
+    from .data.reconstructions import make_patches
+
+    made = make_patches(
+        options.source, options.output, options.images, max_points=options.max_points, seed=options.seed
+    )
+    left_out = '; '.join(f'{count:,} {reason}' for reason, count in made.rejected.items() if count)
+    print(f'{options.output}: {len(made.patches):,} patches of {made.patches.num_points:,} points')
+    print(f'points left out: {left_out or "none"}')
+
+
 def evaluate(options: argparse.Namespace) -> None:
     """Print the metrics with their 95 % intervals over queries."""
+    if options.patches:
+        return evaluate_patches(options)
     from .evaluation.confidence import confidence_intervals
     from .evaluation.reranking import rerank
-    from .evaluation.retrieval import reid_per_query_from_distances
+    from .evaluation.retrieval import camera_pair_metrics, reid_per_query_from_distances
+    from .evaluation.verification import reid_verification
 
     _, data, _, people = _embed(options)
     results = people.results()
@@ -164,15 +315,91 @@ def evaluate(options: argparse.Namespace) -> None:
         if name in intervals:
             low, high = intervals[name]
             print(f'{name:>12} {100 * value:6.2f} %   95 % interval {100 * low:6.2f} to {100 * high:6.2f}')
+    print('of pairs up to a distance (2 - 2 cosine is its square) taken for one person:')
+    rates = list(reid_verification(people.query, people.gallery, *people.labels, (1e-3, 1e-2)).items())
+    for (name, value), (_, threshold) in zip(rates[::2], rates[1::2], strict=True):
+        print(f'{name:>12} {100 * value:6.2f} %   at distance {threshold:.4f}')
     if options.rerank:
         distances = rerank(people.query, people.gallery)
         print('after k-reciprocal re-ranking:')
         for name, value in reid_per_query_from_distances(distances, *people.labels).metrics().items():
             if name in intervals:
                 print(f'{name:>12} {100 * value:6.2f} %')
+    if options.camera_pairs:
+        print('query camera, gallery camera: queries, rank-1, mAP')
+        for cameras, pair in camera_pair_metrics(people.query, people.gallery, *people.labels).items():
+            scores = f'{100 * pair["rank1"]:6.2f} % {100 * pair["mAP"]:6.2f} %'
+            print(f'{cameras[0]:4} {cameras[1]:4} {pair["num_queries"]:6,} {scores}')
     if options.csv:
-        results.write_csv(options.csv, data['query']['path'][:])
+        write = results.write_parquet if options.csv.endswith('.parquet') else results.write_csv
+        write(options.csv, data['query']['path'][:])
         print(f'each query: {options.csv}')
+
+
+def evaluate_patches(options: argparse.Namespace) -> None:
+    """Print a descriptor's metrics on each folder, beside those of SIFT and RootSIFT on the same patches."""
+    import json
+    from pathlib import Path
+
+    import torch
+    from accelerate import Accelerator
+
+    from .evaluation.descriptors import describe_with, descriptor_metrics
+    from .evaluation.sift import sift_descriptors
+
+    accelerator = Accelerator()
+    descriptors = {
+        options.model: describe_with(_load_model(options.model).to(accelerator.device), accelerator),
+        'RootSIFT': lambda patches: torch.from_numpy(sift_descriptors(patches, root=True)),
+        'SIFT': lambda patches: torch.from_numpy(sift_descriptors(patches)),
+    }
+    results = {}
+    for source in options.patches:
+        measured = {name: descriptor_metrics(describe, source) for name, describe in descriptors.items()}
+        results[Path(source).name] = measured
+        print(f'{source + " (%)":32}' + ''.join(f'{Path(name).name[-20:]:>22}' for name in measured))
+        for metric in measured['SIFT']:
+            print(f'{metric:32}' + ''.join(f'{100 * values[metric]:22.2f}' for values in measured.values()))
+    if options.json:
+        Path(options.json).write_text(json.dumps(results, indent=2) + '\n')
+
+
+def benchmark(options: argparse.Namespace) -> None:
+    """Print the tables, and write them with all timings and a figure."""
+    import torch
+
+    from .benchmark import Setting, benchmark
+
+    device = torch.device(options.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    if device.type == 'cuda' and not torch.cuda.is_available():
+        raise ValueError('--device cuda: PyTorch finds no CUDA device')
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    setting = Setting(
+        device,
+        getattr(torch, options.dtype),
+        options.autocast,
+        channels_last=options.layout == 'channels_last',
+        compile=options.compile,
+    )
+    given = {
+        name: value
+        for name, value in (('models', options.model), ('attentions', options.attention), ('sides', options.sides))
+        if value is not None
+    }
+    measured = benchmark(
+        setting,
+        image_size=options.image_size,
+        batch_size=options.batch_size,
+        stages=options.stages,
+        num_maps=options.num_maps,
+        channels=options.channels,
+        rounds=options.rounds,
+        **given,
+    )
+    measured.save(options.output)
+    print(measured.markdown(), end='')
+    print(f'written to {options.output}')
 
 
 def visualize(options: argparse.Namespace) -> None:
@@ -202,6 +429,39 @@ def visualize(options: argparse.Namespace) -> None:
         print(output / 'attention.png')
 
 
+def match(options: argparse.Namespace) -> None:
+    """Print how many keypoints, matches and inliers there are, and draw them."""
+    from pathlib import Path
+
+    from accelerate import Accelerator
+
+    from .data.photographs import read_grey
+    from .features import PatchDescriptor, create_sift, match_features, root_sift
+    from .visualize import draw_matches
+
+    if options.keypoints < 1:
+        raise ValueError(f'--keypoints is {options.keypoints}, but it must be at least 1')
+    images = [read_grey(Path(path), max_side=1600) for path in options.images]
+    model = PatchDescriptor(_load_model(options.model).to(Accelerator().device), create_sift(options.keypoints))
+    keypoints = [model.detect(image) for image in images]
+    for path, image, found in zip(options.images, images, keypoints, strict=True):
+        if not len(found):
+            raise ValueError(f'{path}: SIFT finds no keypoint in it, there is nothing to match')
+        print(f'{path}: {len(found):,} keypoints in {image.shape[1]}x{image.shape[0]} pixels')
+    name = Path(options.model).name
+    descriptors = {
+        name: [model.compute(image, found)[1] for image, found in zip(images, keypoints, strict=True)],
+        'RootSIFT': [root_sift(image, found) for image, found in zip(images, keypoints, strict=True)],
+    }
+    matches = {}
+    print(f'{"":24}{"matches":>8}{"inliers":>8}')
+    for name, (first, second) in descriptors.items():
+        matches[name] = match_features(keypoints[0], first, keypoints[1], second, options.geometry)
+        print(f'{name:24}{len(matches[name].is_inlier):8,}{matches[name].is_inlier.sum():8,}')
+    draw_matches(*images, matches).savefig(options.output, dpi=130)
+    print(options.output)
+
+
 def card(options: argparse.Namespace) -> None:
     """Print the card."""
     from .hub import render_card
@@ -225,23 +485,66 @@ def publish(options: argparse.Namespace) -> None:
     )
 
 
+def demo(options: argparse.Namespace) -> None:
+    """Serve the page until interrupted."""
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    from .hub import CARDS, registered_checkpoints
+
+    if not (options.reid or options.descriptor):
+        trained = ', '.join(registered_checkpoints()) or 'none yet'
+        raise ValueError(
+            'the demo needs a trained model: give --reid or --descriptor the folder of a run, or hf-hub:owner/name '
+            f'(--descriptor a name with trained weights, too: {trained})'
+        )
+    spec = spec_from_file_location('csa_zoo_demo', CARDS / 'space' / 'app.py')
+    app = module_from_spec(spec)
+    try:
+        spec.loader.exec_module(app)
+    except ModuleNotFoundError as error:
+        if error.name != 'gradio':
+            raise
+        raise ModuleNotFoundError('the demo needs Gradio: pip install "csa_zoo[demo]"') from error
+    page = app.build_app(options.reid, options.descriptor, options.gallery)
+    app.launch(page, server_name='127.0.0.1', server_port=options.port)
+
+
+def _load_model(name: str, seed: int | None = None):
+    """The folder of a run, hf-hub:owner/name, or a name whose weights are known; untrained where a seed is given."""
+    from pathlib import Path
+
+    import timm
+    import torch
+
+    import csa_zoo  # noqa: F401
+
+    from .hub import check_repository
+
+    if name.startswith('hf-hub:'):
+        check_repository(name.removeprefix('hf-hub:'))
+    elif (Path(name) / 'config.json').is_file():
+        name = f'local-dir:{name}'
+    elif seed is None and timm.is_model(name) and not timm.models.is_model_pretrained(name):
+        raise ValueError(f'{name} has no trained weights yet: give the folder of a run, or hf-hub:owner/name')
+    if seed is not None:
+        torch.manual_seed(seed)
+    return timm.create_model(name, pretrained=seed is None).eval()
+
+
 def _embed(options: argparse.Namespace):
     """The model that the options name, the data set, its images, and their embeddings."""
     from pathlib import Path
 
-    import timm
     import yaml
     from accelerate import Accelerator
 
     import csa_zoo  # noqa: F401
 
     from .data import cache_splits, load_reid
-    from .evaluation.people import embed_people
-    from .hub import check_repository
+    from .evaluation.people import describe_colours, embed_people
     from .recipes import RECIPE_FILE
 
     folder = Path(options.model)
-    is_run = (folder / 'config.json').is_file()
     recipe = yaml.safe_load((folder / RECIPE_FILE).read_text()) if (folder / RECIPE_FILE).is_file() else {}
     if not (options.data or recipe.get('data')):
         raise ValueError(f'{options.model} does not say which data to evaluate on: give --data and --root')
@@ -251,11 +554,11 @@ def _embed(options: argparse.Namespace):
         options.root or (recipe.get('root') if own else None),
         **(recipe.get('data_options', {}) if own and not options.root else {}),
     )
-    if options.model.startswith('hf-hub:'):
-        check_repository(options.model.removeprefix('hf-hub:'))
+    if options.model == 'colour-histograms':
+        images = cache_splits(data, options.image_size or (128, 64))
+        return None, data, images, describe_colours(data, images)
     accelerator = Accelerator()
-    name = f'local-dir:{folder}' if is_run else options.model
-    model = timm.create_model(name, pretrained=True).to(accelerator.device).eval()
+    model = _load_model(options.model, options.untrained).to(accelerator.device)
     images = cache_splits(data, options.image_size or model.pretrained_cfg['input_size'][1:])
     return model, data, images, embed_people(model, data, images, accelerator, options.batch_size)
 

@@ -1,9 +1,10 @@
-"""The Hugging Face Hub: a run's model card, publishing the run, and checking a repository before it is loaded.
+"""The Hugging Face Hub: a run's model card, publishing the run, checking a repository, the list of checkpoints.
 
 Loading needs nothing from here: after `import csa_zoo`, `timm.create_model('hf-hub:owner/name', pretrained=True)`.
 The card's metadata follow https://huggingface.co/docs/hub/model-cards, results are in its `model-index`.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -39,7 +40,8 @@ from .version import __version__
 WEIGHTS, CONFIG, CARD = 'model.safetensors', 'config.json', 'README.md'
 REQUIRED = (WEIGHTS, CONFIG, METRICS, RECIPE_FILE)
 FIGURES = (CURVES, 'attention.png')  # ranked lists are pictures of many people: they stay at home
-TEMPLATE = Path(__file__).parent.parent / 'hub_cards' / 'card.md'  # beside the package, in a checkout and installed
+CARDS = Path(__file__).parent.parent / 'hub_cards'  # beside the package, in a checkout and installed
+TEMPLATE, CHECKPOINTS = CARDS / 'card.md', CARDS / 'checkpoints.json'
 
 DATA_SETS = {
     'market1501': 'Market-1501',
@@ -50,6 +52,7 @@ DATA_SETS = {
     'folder': "the publisher's own images",
     'csv': "the publisher's own images",
 }
+KEY_METRICS = ('rank1', 'fpr95')
 METRIC_NAMES = {'mAP': 'mAP', 'mAP_market': "mAP (Market-1501's, by trapezoids)", 'mINP': 'mINP'}
 
 
@@ -79,6 +82,18 @@ TASKS = {
         'matching ones; a tie counts against the model.',
     ),
 }
+
+
+class Checkpoint(NamedTuple):
+    """An entry of `hub_cards/checkpoints.json`: trained weights of the zoo, and what they must be.
+
+    Attributes:
+        source: A file's name beside the models, or `owner/name@commit` on the Hub.
+        sha256: Of the safetensors file, in hexadecimal.
+    """
+
+    source: str
+    sha256: str
 
 
 class RunFiles(NamedTuple):
@@ -401,7 +416,8 @@ def check_repository(repo_id: str, revision: str | None = None, token: str | Non
         The commit that was checked, to load that and no other: `hf-hub:owner/name@commit`.
 
     Raises:
-        ValueError: If the repository has no safetensors, or they are damaged or not this architecture's.
+        ValueError: If the repository has no safetensors, or they are damaged or not this architecture's, or not the
+            ones that the zoo's list of checkpoints has for this commit.
     """
     try:
         config = Path(hf_hub_download(repo_id, CONFIG, revision=revision, token=token))
@@ -409,6 +425,9 @@ def check_repository(repo_id: str, revision: str | None = None, token: str | Non
         hf_hub_download(repo_id, WEIGHTS, revision=commit, token=token)
     except RemoteEntryNotFoundError as error:
         raise ValueError(f'{repo_id} lacks {CONFIG} or {WEIGHTS}; weights in any other format are not read') from error
+    for name, checkpoint in read_checkpoints().items():
+        if checkpoint.source == f'{repo_id}@{commit}':
+            _check_sha256(config.parent / WEIGHTS, checkpoint.sha256, name)
     check_weights(config.parent)
     return commit
 
@@ -444,6 +463,82 @@ def check_weights(folder: str | Path) -> None:
     if problems:
         more = f', and {len(problems) - 3} more' if len(problems) > 3 else ''
         raise ValueError(f'{path} does not fit {folder / CONFIG}: {"; ".join(sorted(problems)[:3])}{more}')
+
+
+def registered_checkpoints() -> dict[str, timm.models.PretrainedCfg]:
+    """The zoo's own trained weights by `name.tag`, as timm's registry has them; without timm's ImageNet backbones."""
+    return {
+        name: config
+        for architecture in timm.list_models()
+        if timm.models.model_entrypoint(architecture).__module__.startswith('csa_zoo.')
+        for name, config in timm.models.get_arch_pretrained_cfgs(architecture).items()
+        if config.has_weights and not (config.hf_hub_id or '').startswith('timm/')
+    }
+
+
+def read_checkpoints(path: str | Path = CHECKPOINTS) -> dict[str, Checkpoint]:
+    """The list of checkpoints by `name.tag`.
+
+    Raises:
+        ValueError: If the file is damaged, or an entry has other fields.
+    """
+    try:
+        return {name: Checkpoint(**entry) for name, entry in _read_json(Path(path)).items()}
+    except TypeError as error:
+        raise ValueError(f'{path}: every entry has a source and a sha256: {error}') from error
+
+
+def check_checkpoints(
+    listed: Mapping[str, Checkpoint], registered: Mapping[str, timm.models.PretrainedCfg]
+) -> list[str]:
+    """Compare the list of checkpoints with the registry, and files on this machine with their SHA-256.
+
+    A repository is not contacted; its file is compared when `check_repository` has downloaded it.
+
+    Returns:
+        What is wrong, a sentence each.
+    """
+    problems = [f'{name} is registered and not listed' for name in registered.keys() - listed.keys()]
+    problems += [f'{name} is listed and not registered' for name in listed.keys() - registered.keys()]
+    for name in listed.keys() & registered.keys():
+        config, checkpoint = registered[name], listed[name]
+        source = Path(config.file).name if config.file else config.hf_hub_id
+        if source != checkpoint.source:
+            problems.append(f'{name} comes from {source} in the registry and from {checkpoint.source} in the list')
+        elif config.file:
+            try:
+                _check_sha256(Path(config.file), checkpoint.sha256, name)
+            except (OSError, ValueError) as error:
+                problems.append(str(error))
+        elif not re.fullmatch(r'[^/@]+/[^/@]+@[0-9a-f]{40}', source or ''):
+            problems.append(f'{name} must come from a file or from owner/name@commit, not from {source}')
+    return sorted(problems)
+
+
+def _check_sha256(path: Path, wanted: str, name: str) -> None:
+    digest = hashlib.sha256()
+    with path.open('rb') as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    if digest.hexdigest() != wanted:
+        raise ValueError(
+            f'{path} is not the checkpoint {name}: its SHA-256 is {digest.hexdigest()}, in {CHECKPOINTS.name} {wanted}'
+        )
+
+
+def key_metric(name: str) -> str | None:
+    """The main result of a registered checkpoint, from its card; None if there is no card or no such result.
+
+    Args:
+        name: `name.tag`.
+    """
+    path = CARDS / f'{name}.md'
+    if not path.is_file():
+        return None
+    for result in ModelCard.load(path).data.eval_results or []:
+        if result.metric_type in KEY_METRICS:
+            return f'{result.metric_type} {100 * result.metric_value:.1f} % ({result.dataset_name})'
+    return None
 
 
 def _model_without_memory(folder: Path) -> nn.Module:

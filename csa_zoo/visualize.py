@@ -1,17 +1,20 @@
-"""Figures: ranked lists of a re-identification model, attention maps of any model with CSA (paper, Figure 5)."""
+"""Figures: ranked lists of a re-identification model, matches, attention maps of any CSA model (paper, Figure 5)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from torch import nn
 
 from .attention import CompressedSelfAttention
 from .evaluation.retrieval import RankedLists
+from .features import ImageMatches
 
 RIGHT, WRONG = '#2a9d4a', '#d1495b'
+FAINT = '#8a8a8a'
 
 
 def draw_ranked_lists(
@@ -41,6 +44,38 @@ def draw_ranked_lists(
     axes[0, 0].set_title('query', fontsize=8)
     for rank, axis in enumerate(axes[0, 1:], 1):
         axis.set_title(str(rank), fontsize=8)
+    return figure
+
+
+def draw_matches(image0: np.ndarray, image1: np.ndarray, matches: Mapping[str, ImageMatches]) -> Figure:
+    """A row per descriptor: two images side by side and lines between their matches, inliers green, others faint.
+
+    Args:
+        image0: (H, W) or (H, W, 3) uint8.
+        image1: The same of the second image; another size will do.
+        matches: From `csa_zoo.features.match_features`, by the name of the descriptor.
+
+    Raises:
+        ValueError: If there is nothing to draw.
+    """
+    if not matches:
+        raise ValueError('no matches to draw')
+    left = image0.shape[1]
+    height, width = max(image0.shape[0], image1.shape[0]), left + image1.shape[1]
+    figure = Figure(figsize=(10, (10 * height / width + 0.3) * len(matches)), layout='constrained')
+    axes = figure.subplots(len(matches), 1, squeeze=False)[:, 0]
+    for axis, (name, (points0, points1, is_inlier)) in zip(axes, matches.items(), strict=True):
+        # a pixel's centre is an integer in keypoints and in imshow
+        axis.imshow(image0, cmap='gray', vmin=0, vmax=255)
+        axis.imshow(
+            image1, cmap='gray', vmin=0, vmax=255, extent=(left - 0.5, width - 0.5, image1.shape[0] - 0.5, -0.5)
+        )
+        axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+        axis.set_axis_off()
+        lines = np.stack([points0, points1 + np.array([left, 0])], 1)
+        axis.add_collection(LineCollection(lines[~is_inlier], colors=FAINT, linewidths=0.4, alpha=0.25))
+        axis.add_collection(LineCollection(lines[is_inlier], colors=RIGHT, linewidths=0.6, alpha=0.7))
+        axis.set_title(f'{name}: {is_inlier.sum():,} inliers of {len(is_inlier):,} matches', fontsize=9)
     return figure
 
 

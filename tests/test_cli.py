@@ -29,8 +29,20 @@ def run(tmp_path_factory, pedestrians):
 
 def test_list(capsys):
     main(['list', '*csa*'])
-    names = [line.split()[0].split('.')[0] for line in capsys.readouterr().out.splitlines()]
-    assert names == timm.list_models('*_csa')
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split() == ['model', 'input', 'parameters', 'key', 'metric', 'weights']
+    assert list(dict.fromkeys(line.split('.')[0].split()[0] for line in lines)) == timm.list_models('*_csa')
+    person = next(line for line in lines if line.startswith('resnet50_pcb_csa.tv_in1k'))
+    parameters = sum(parameter.numel() for parameter in timm.create_model('resnet50_pcb_csa').parameters())
+    cells = ['resnet50_pcb_csa.tv_in1k', '3x384x128', f'{parameters / 1e6:.2f}', 'M', '-', 'timm/resnet50.tv_in1k']
+    assert person.split() == cells
+
+
+def test_demo_without_trained_weights(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(['demo'])
+    assert exit_.value.code == 1
+    assert 'the demo needs a trained model: give --reid or --descriptor' in capsys.readouterr().err
 
 
 def test_rendered_pedestrians_are_a_market_folder(pedestrians, capsys):
@@ -64,7 +76,10 @@ def test_errors_are_one_line(capsys):
     assert capsys.readouterr().err.startswith('csa-zoo: resnet18_pcb_csa does not say which data')
 
 
-VERBS = ['list', 'data check', 'render-pedestrians', 'evaluate', 'visualize', 'card', 'publish']
+VERBS = [
+    *('list', 'data check', 'data crop-people', 'render-pedestrians', 'make-patches', 'evaluate', 'benchmark'),
+    *('visualize', 'match', 'card', 'publish', 'demo'),
+]
 
 
 @pytest.mark.parametrize('verb', VERBS)

@@ -1,5 +1,6 @@
 """The Hub: publish a run and load it by name, as users do, against a server on this machine; and what is refused."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -22,8 +23,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_train import load_script
+from timm.models import PretrainedCfg
 
-from csa_zoo.hub import check_repository, check_weights, publish
+from csa_zoo.hub import (
+    Checkpoint,
+    check_checkpoints,
+    check_repository,
+    check_weights,
+    key_metric,
+    publish,
+    read_checkpoints,
+    registered_checkpoints,
+    render_card,
+)
 
 REPO = 'me/l2net_hardnet_csa.test'
 
@@ -341,6 +353,71 @@ def test_a_folder_of_pickles_is_not_read(run, tmp_path, name):
         with pytest.raises(FileNotFoundError, match=r'no model\.safetensors'):
             embed(f'local-dir:{tmp_path}')
     assert not (tmp_path / 'unpickled').exists()
+
+
+def test_the_list_of_checkpoints_and_the_registry_agree():
+    assert check_checkpoints(read_checkpoints(), registered_checkpoints()) == []
+
+
+def test_what_differs_between_list_and_registry(tmp_path):
+    (tmp_path / 'weights.safetensors').write_bytes(b'weights')
+    right, commit = hashlib.sha256(b'weights').hexdigest(), 40 * 'a'
+    here = PretrainedCfg(file=str(tmp_path / 'weights.safetensors'))
+    there = PretrainedCfg(hf_hub_id=f'me/name@{commit}')
+    listed = {
+        'l2net_hardnet.good': Checkpoint('weights.safetensors', right),
+        'resnet50_pcb.good': Checkpoint(f'me/name@{commit}', right),
+    }
+    registered = {'l2net_hardnet.good': here, 'resnet50_pcb.good': there}
+    assert check_checkpoints(listed, registered) == []
+
+    def problems(name, checkpoint, config):
+        return check_checkpoints({**listed, name: checkpoint}, {**registered, name: config})
+
+    (message,) = problems('l2net_hardnet.x', Checkpoint('weights.safetensors', 64 * '0'), here)
+    assert f'is {right}, in checkpoints.json {64 * "0"}' in message
+    gone = PretrainedCfg(file=str(tmp_path / 'gone.safetensors'))
+    (message,) = problems('l2net_hardnet.x', Checkpoint('gone.safetensors', right), gone)
+    assert 'No such file' in message and 'gone.safetensors' in message
+    (message,) = problems('resnet50_pcb.x', Checkpoint(f'me/name@{40 * "b"}', right), there)
+    assert message == (
+        f'resnet50_pcb.x comes from me/name@{commit} in the registry and from me/name@{40 * "b"} in the list'
+    )
+    (message,) = problems('resnet50_pcb.x', Checkpoint('me/name', right), PretrainedCfg(hf_hub_id='me/name'))
+    assert 'must come from a file or from owner/name@commit, not from me/name' in message
+    assert check_checkpoints(listed, {'l2net_hardnet.new': here}) == [
+        'l2net_hardnet.good is listed and not registered',
+        'l2net_hardnet.new is registered and not listed',
+        'resnet50_pcb.good is listed and not registered',
+    ]
+
+
+def test_a_damaged_list(tmp_path):
+    path = tmp_path / 'checkpoints.json'
+    path.write_text('{"a.b": {"source": "me/name@main"}}')
+    with pytest.raises(ValueError, match=r'has a source and a sha256.*sha256'):
+        read_checkpoints(path)
+
+
+def test_a_listed_checkpoint_is_compared_with_its_hash(hub, run, monkeypatch):
+    publish(run, REPO)
+    commit = check_repository(REPO)
+    right = hashlib.sha256((run / 'model.safetensors').read_bytes()).hexdigest()
+    for sha256, revision in ((right, commit), (64 * '0', 40 * '0')):  # another commit of it is not in the list
+        listed = {'l2net_hardnet_csa.test': Checkpoint(f'{REPO}@{revision}', sha256)}
+        monkeypatch.setattr('csa_zoo.hub.read_checkpoints', lambda listed=listed: listed)
+        assert check_repository(REPO) == commit
+    listed = {'l2net_hardnet_csa.test': Checkpoint(f'{REPO}@{commit}', 64 * '0')}
+    monkeypatch.setattr('csa_zoo.hub.read_checkpoints', lambda: listed)
+    with pytest.raises(ValueError, match=f'is not the checkpoint l2net_hardnet_csa.test: its SHA-256 is {right}'):
+        check_repository(REPO)
+
+
+def test_key_metric_is_the_card_s(run, tmp_path, monkeypatch):
+    monkeypatch.setattr('csa_zoo.hub.CARDS', tmp_path)
+    assert key_metric('l2net_hardnet_csa.test') is None
+    render_card(run, REPO).save(tmp_path / 'l2net_hardnet_csa.test.md')
+    assert key_metric('l2net_hardnet_csa.test') == 'fpr95 1.2 % (liberty)'
 
 
 def test_a_truncated_file_on_the_server(hub, run):

@@ -392,7 +392,7 @@ def _pycolmap() -> Any:
     try:
         import pycolmap
     except ImportError as error:
-        message = 'a reconstruction from photographs needs pycolmap: pip install pycolmap, or give a COLMAP model'
+        message = 'a reconstruction from photographs needs pycolmap: pip install "csa_zoo[sfm]", or give a COLMAP model'
         raise ModuleNotFoundError(message) from error
     return pycolmap
 
