@@ -93,6 +93,7 @@ def main(argv: list[str] | None = None) -> int:
         metavar='FOLDER',
         help='measure a descriptor beside SIFT and RootSIFT: PhotoTour sets, HPatches, photographs, or scikit-image',
     )
+    verb.add_argument('--no-sift', action='store_true', help='with --patches: without SIFT and RootSIFT')
     verb.add_argument('--json', help='with --patches: write the figures to this file')
     verb.add_argument('--camera-pairs', action='store_true', help='rank-1 and mAP of each pair of cameras too')
     verb.add_argument('--csv', '--per-query', help='write what each query found to this file; .parquet for Parquet')
@@ -348,17 +349,16 @@ def evaluate_patches(options: argparse.Namespace) -> None:
     from .evaluation.sift import sift_descriptors
 
     accelerator = Accelerator()
-    descriptors = {
-        options.model: describe_with(_load_model(options.model).to(accelerator.device), accelerator),
-        'RootSIFT': lambda patches: torch.from_numpy(sift_descriptors(patches, root=True)),
-        'SIFT': lambda patches: torch.from_numpy(sift_descriptors(patches)),
-    }
+    descriptors = {options.model: describe_with(_load_model(options.model).to(accelerator.device), accelerator)}
+    if not options.no_sift:
+        descriptors['RootSIFT'] = lambda patches: torch.from_numpy(sift_descriptors(patches, root=True))
+        descriptors['SIFT'] = lambda patches: torch.from_numpy(sift_descriptors(patches))
     results = {}
     for source in options.patches:
         measured = {name: descriptor_metrics(describe, source) for name, describe in descriptors.items()}
         results[Path(source).name] = measured
         print(f'{source + " (%)":32}' + ''.join(f'{Path(name).name[-20:]:>22}' for name in measured))
-        for metric in measured['SIFT']:
+        for metric in measured[options.model]:
             print(f'{metric:32}' + ''.join(f'{100 * values[metric]:22.2f}' for values in measured.values()))
     if options.json:
         Path(options.json).write_text(json.dumps(results, indent=2) + '\n')

@@ -59,6 +59,8 @@ class Recipe:
     """Simulated views of each keypoint of a photograph."""
     points_per_photo: int = 800
     """Most keypoints taken from one photograph."""
+    min_side: float = 16.0
+    """Smallest square cut from a photograph, in pixels; detectors find many smaller ones."""
     test_pairs: int = 10_000
     """Pairs drawn from a test set that comes without any, half of them matching."""
     epochs: int = 10
@@ -178,7 +180,9 @@ def load_patches(source: str, split: str, recipe: Recipe) -> PatchSet:
     if (Path(source) / 'info.txt').is_file():
         return load_phototour(source)
     photographs = bundled_photographs()[split] if source == BUNDLED else source
-    return cut_photographs(photographs, views=recipe.views, points_per_photo=recipe.points_per_photo)
+    return cut_photographs(
+        photographs, views=recipe.views, points_per_photo=recipe.points_per_photo, min_side=recipe.min_side
+    )
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:

@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> str:
             folder = arguments.output / variant / f'seed{seed}'
             run(folder, study, variant, recipe, seed, overrides)
             if arguments.patches and not (folder / PATCH_METRICS).exists():
-                measure(folder, arguments.patches)
+                measure(folder, arguments.patches, sift=seed == 0 and variant == variants[0])
             table = results(arguments.output, study, variants)
             (arguments.output / 'results.md').write_text(table)
     print(table)
@@ -150,9 +150,10 @@ def run(folder: Path, study: Study, variant: str, recipe: Path, seed: int, overr
         raise SystemExit(f'{variant} with seed {seed} failed; give the same command to go on from {folder}')
 
 
-def measure(folder: Path, sources: list[str]) -> None:
-    """Measure a descriptor on patches, and SIFT beside it."""
+def measure(folder: Path, sources: list[str], sift: bool) -> None:
+    """Measure a descriptor on patches, and SIFT beside it if wanted: it is the same beside every run."""
     command = [sys.executable, '-m', 'csa_zoo.cli', 'evaluate', str(folder), '--patches', *sources]
+    command += [] if sift else ['--no-sift']
     partial = folder / 'patches.tmp'
     subprocess.run([*command, '--json', str(partial)], check=True)
     partial.replace(folder / PATCH_METRICS)
@@ -165,8 +166,7 @@ def results(output: Path, study: Study, variants: list[str]) -> str:
         for run in sorted(path.parent for path in (output / variant).glob('seed*/metrics.json')):
             for name, figures in read_figures(run).items():
                 label = name or study.variants[variant][0]
-                if not (name and label in rows):  # SIFT is the same whichever run it was measured beside
-                    rows.setdefault(label, []).append(figures)
+                rows.setdefault(label, []).append(figures)
     # 'matching on graf' is a figure of the column 'matching'
     columns = {name: study.columns.get(name.split(' on ')[0]) for name in next(iter(rows.values()), [study.columns])[0]}
     columns = {name: form for name, form in columns.items() if form}

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from .colmap import PosedImage, Reconstruction, is_reconstruction, read_reconstruction, reconstruct
 from .images import num_cores
-from .keypoints import MAGNIFICATION, Keypoints, distinct, cut_squares, inside, opencv, square_corners
+from .keypoints import MAGNIFICATION, Keypoints, cut_squares, distinct, inside, opencv, square_corners
 from .patches import PatchPairs, PatchSet, verification_pairs
 from .photographs import FLATTEST
 from .phototour import PATCH_SIDE, check_free, save_phototour
