@@ -51,9 +51,21 @@ DATA_SETS = {
     'pedestrians': 'rendered pedestrians',
     'folder': "the publisher's own images",
     'csv': "the publisher's own images",
+    'scikit-image': "scikit-image's test photographs",
 }
+PATCH_METRICS = 'patches.json'  # of csa-zoo evaluate --patches
+DATA_NOTES = 'DATA.md'  # the publisher's words on the training data: sources, licences, attribution
 KEY_METRICS = ('rank1', 'fpr95')
-METRIC_NAMES = {'mAP': 'mAP', 'mAP_market': "mAP (Market-1501's, by trapezoids)", 'mINP': 'mINP'}
+METRIC_NAMES = {
+    'mAP': 'mAP',
+    'mAP_market': "mAP (Market-1501's, by trapezoids)",
+    'mINP': 'mINP',
+    'fpr95': 'false positive rate at 95 % recall',
+    'ratio_map': 'mAP of matching by ratio',
+    'verification': 'mAP of patch verification',
+    'matching': 'mAP of image matching',
+    'retrieval': 'mAP of patch retrieval',
+}
 
 
 class Task(NamedTuple):
@@ -78,8 +90,9 @@ TASKS = {
         'Patch verification',
         'local-descriptor',
         'train/descriptor.py',
-        'Share of non-matching pairs accepted (the lower, the better) at the distance that accepts 95 % of the '
-        'matching ones; a tie counts against the model.',
+        'False positive rate: share of non-matching pairs accepted (the lower, the better) at the distance that '
+        'accepts 95 % of the matching ones. Verification, matching and retrieval are the tasks of HPatches, on '
+        'sequences cut from the photographs. A tie counts against the model.',
     ),
 }
 
@@ -176,7 +189,8 @@ def publish(
 def _files_to_publish(folder: Path, card: ModelCard) -> dict[str, Path | bytes]:
     """Names in the repository, and where their content is or what it is."""
     figures = [name for name in FIGURES if (folder / name).is_file()]
-    files: dict[str, Path | bytes] = {name: folder / name for name in (WEIGHTS, CONFIG, METRICS, *figures)}
+    more = [name for name in (PATCH_METRICS, DATA_NOTES) if (folder / name).is_file()]
+    files: dict[str, Path | bytes] = {name: folder / name for name in (WEIGHTS, CONFIG, METRICS, *figures, *more)}
     return {**files, RECIPE_FILE: _public_recipe(_read_run(folder).recipe).encode(), CARD: str(card).encode()}
 
 
@@ -240,14 +254,16 @@ def render_card(run: str | Path, repo_id: str, license: str | None = None) -> Mo
 
     Args:
         run: Folder of a finished run.
-        repo_id: `owner/name` that the card tells people to load.
+        repo_id: `owner/name` that the card tells people to load, or the `name.tag` of a checkpoint in our registry.
         license: Licence of the weights; that of the base weights, or apache-2.0, if None.
 
     Raises:
         FileNotFoundError: If the run lacks a file.
         ValueError: If a file of the run is damaged or does not fit the others, or `repo_id` is no name.
     """
-    validate_repo_id(repo_id)
+    shipped = repo_id in registered_checkpoints()
+    if not shipped:
+        validate_repo_id(repo_id)
     folder = Path(run)
     config, metrics, recipe = files = _read_run(folder)
     check_weights(folder)
@@ -269,7 +285,8 @@ def render_card(run: str | Path, repo_id: str, license: str | None = None) -> Mo
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
-        repo_id=repo_id,
+        source=repo_id if shipped else f'hf-hub:{repo_id}',
+        shipped=shipped,
         name=name,
         summary=_summary(model, config['architecture'], is_reid),
         is_reid=is_reid,
@@ -285,6 +302,7 @@ def render_card(run: str | Path, repo_id: str, license: str | None = None) -> Mo
         results=results,
         protocol=task.protocol,
         trained_on=_trained_on(files),
+        data_notes=(folder / DATA_NOTES).read_text(encoding='utf-8') if (folder / DATA_NOTES).is_file() else '',
         epochs=metrics['epochs'],
         processes=metrics['processes'],
         train_time=_duration(metrics['train_seconds']),
@@ -305,6 +323,8 @@ def _read_run(folder: Path) -> RunFiles:
             )
     config, metrics = (_read_json(folder / name) for name in (CONFIG, METRICS))
     recipe = yaml.safe_load((folder / RECIPE_FILE).read_text(encoding='utf-8'))
+    if (folder / PATCH_METRICS).is_file():
+        metrics['metrics'] = {**metrics['metrics'], **_patch_results(folder / PATCH_METRICS)}
     try:
         names = {config['architecture'], recipe['model'].split('.')[0], metrics['model'].split('.')[0]}
         task, values = metrics['task'], metrics['metrics'].items()
@@ -323,6 +343,16 @@ def _read_run(folder: Path) -> RunFiles:
     return RunFiles(config, metrics, recipe)
 
 
+def _patch_results(path: Path) -> dict[str, float]:
+    """The model's main figures in what `csa-zoo evaluate --patches` wrote, which names the model first."""
+    return {
+        f'{metric} on {source}' if metric != 'fpr95' else f'fpr95_{source}': value
+        for source, measured in _read_json(path).items()
+        for metric, value in next(iter(measured.values())).items()
+        if metric in METRIC_NAMES
+    }
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding='utf-8'))
@@ -339,10 +369,10 @@ def _results(files: RunFiles) -> list[EvalResult]:
     for key, value in metrics['metrics'].items():
         if key.startswith('fpr95_'):
             metric, data = 'fpr95', key.removeprefix('fpr95_')
-            metric_name = 'false positive rate at 95 % recall'
+        elif ' on ' in key:
+            metric, data = key.split(' on ', 1)
         else:
             metric, data = key, metrics['data']
-            metric_name = METRIC_NAMES.get(key) or re.sub(r'^rank(\d+)$', r'rank-\1', key)
         results.append(
             EvalResult(
                 task_type='image-feature-extraction',
@@ -352,7 +382,7 @@ def _results(files: RunFiles) -> list[EvalResult]:
                 dataset_split='test',
                 dataset_args=files.recipe.get('data_options') or None,
                 metric_type=metric,
-                metric_name=metric_name,
+                metric_name=METRIC_NAMES.get(metric) or re.sub(r'^rank(\d+)$', r'rank-\1', metric),
                 metric_value=value,
             )
         )
