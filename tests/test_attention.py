@@ -1,6 +1,7 @@
 """CSA and SA against the literal equations of the paper, with the full N×N attention in float64."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -174,6 +175,48 @@ def test_gradcheck(kind):
         return functional_call(module, dict(zip(names, parameters, strict=True)), x)
 
     assert torch.autograd.gradcheck(function, (x, *parameters))
+    assert torch.autograd.gradgradcheck(function, (x, *parameters))
+
+
+@pytest.mark.parametrize('groups', [1, 2, 8])
+@pytest.mark.parametrize('layout', ['contiguous', 'channels_last'])
+def test_keeps_only_its_input_for_the_backward_pass(groups, layout):
+    """Not the scores, whose size is up to the input's; `.data_ptr()` also finds copies of the input."""
+    module, x = make(groups), make_input(layout, (5, 7)).requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        module(x)
+    assert {tensor.data_ptr() for tensor in kept} == {tensor.data_ptr() for tensor in (x, *module.parameters())}
+
+
+@pytest.mark.parametrize('groups', [1, 2])
+@pytest.mark.filterwarnings(
+    'ignore:There is a performance drop'
+)  # PyTorch has no batching rule for one of the products
+def test_gradients_per_image(groups):
+    module, x = make(groups).double(), make_input('contiguous', (5, 7)).double()
+    parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
+
+    def loss(parameters, image):
+        return functional_call(module, parameters, image[None]).pow(3).sum()
+
+    actual = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    for image, *gradients in zip(x, *actual.values(), strict=True):
+        expected = torch.autograd.grad(loss(dict(module.named_parameters()), image), list(module.parameters()))
+        torch.testing.assert_close(gradients, list(expected))
+
+
+@pytest.mark.parametrize('layout', ['contiguous', 'channels_last'])
+@pytest.mark.parametrize('device', ['cpu', 'meta'])
+def test_without_data(device, layout):
+    """An empty batch, and a device that has shapes only (and no autocast)."""
+    module = make(2).to(device)
+    x = make_input(layout, (5, 7))[: 0 if device == 'cpu' else 2].to(device).requires_grad_()
+    output = module(x)
+    output.sum().backward()
+    assert output.shape == x.shape == x.grad.shape
+    if device == 'cpu':
+        assert all(not parameter.grad.any() for parameter in module.parameters())
 
 
 @pytest.mark.parametrize('cls', [CompressedSelfAttention, SelfAttention])
@@ -282,6 +325,11 @@ def test_wrong_number_of_channels(kind):
         make(kind)(torch.randn(2, 8, 5, 7))
 
 
+def test_no_positions():
+    with pytest.raises(RuntimeError, match=r'positions to attend to, but its size is \(2, 16, 0, 7\)'):
+        make(2)(torch.randn(2, 16, 0, 7))
+
+
 @pytest.mark.parametrize('kind', [2, 'sa'])
 @pytest.mark.parametrize('layout', ['contiguous', 'channels_last'])
 def test_compile(kind, layout):
@@ -313,3 +361,17 @@ def test_script(kind):
     for layout in ('contiguous', 'channels_last', 'slice'):
         x = make_input(layout, (5, 7))
         torch.testing.assert_close(scripted(x), module(x))
+        actual, expected = (
+            output_and_gradients(lambda x, _, f=f: f(x), x.clone().requires_grad_(), dict(f.named_parameters()))
+            for f in (scripted, module)
+        )
+        assert_close(actual, expected, 1e-5)
+
+
+@pytest.mark.parametrize('layout', ['contiguous', 'channels_last'])
+def test_trace(layout):
+    module, x = make(2), make_input(layout, (5, 7))
+    traced = torch.jit.trace(module, x)
+    torch.jit.save(traced, file := io.BytesIO())
+    file.seek(0)
+    torch.testing.assert_close(torch.jit.load(file)(x), module(x))
