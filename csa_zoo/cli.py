@@ -347,8 +347,10 @@ def evaluate_patches(options: argparse.Namespace) -> None:
 
     from .evaluation.descriptors import describe_with, descriptor_metrics
     from .evaluation.sift import sift_descriptors
+    from .runs import keep_freed_memory
 
     accelerator = Accelerator()
+    keep_freed_memory(accelerator)
     descriptors = {options.model: describe_with(_load_model(options.model).to(accelerator.device), accelerator)}
     if not options.no_sift:
         descriptors['RootSIFT'] = lambda patches: torch.from_numpy(sift_descriptors(patches, root=True))
@@ -543,6 +545,7 @@ def _embed(options: argparse.Namespace):
     from .data import cache_splits, load_reid
     from .evaluation.people import describe_colours, embed_people
     from .recipes import RECIPE_FILE
+    from .runs import keep_freed_memory
 
     folder = Path(options.model)
     recipe = yaml.safe_load((folder / RECIPE_FILE).read_text()) if (folder / RECIPE_FILE).is_file() else {}
@@ -558,6 +561,7 @@ def _embed(options: argparse.Namespace):
         images = cache_splits(data, options.image_size or (128, 64))
         return None, data, images, describe_colours(data, images)
     accelerator = Accelerator()
+    keep_freed_memory(accelerator)
     model = _load_model(options.model, options.untrained).to(accelerator.device)
     images = cache_splits(data, options.image_size or model.pretrained_cfg['input_size'][1:])
     return model, data, images, embed_people(model, data, images, accelerator, options.batch_size)

@@ -34,7 +34,7 @@ def use_all_cores(accelerator: Accelerator) -> None:
 
 
 def keep_freed_memory(accelerator: Accelerator) -> None:
-    """Let a process that trains on the CPU reuse the memory of one step in the next.
+    """Let a process that works on the CPU reuse the memory of one step in the next.
 
     glibc hands every large block back to the kernel when it is freed, and the next step pays for each of its pages
     again. On a 32x32-patch network those faults are a third of the time. Other C libraries are left as they are.
