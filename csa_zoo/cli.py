@@ -93,6 +93,9 @@ def main(argv: list[str] | None = None) -> int:
         metavar='FOLDER',
         help='measure a descriptor beside SIFT and RootSIFT: PhotoTour sets, HPatches, photographs, or scikit-image',
     )
+    verb.add_argument(
+        '--images', metavar='FOLDER', help="match whole images beside RootSIFT: HPatches' sequences with homographies"
+    )
     verb.add_argument('--no-sift', action='store_true', help='with --patches: without SIFT and RootSIFT')
     verb.add_argument('--json', help='with --patches: write the figures to this file')
     verb.add_argument('--camera-pairs', action='store_true', help='rank-1 and mAP of each pair of cameras too')
@@ -301,6 +304,8 @@ def evaluate(options: argparse.Namespace) -> None:
     """Print the metrics with their 95 % intervals over queries."""
     if options.patches:
         return evaluate_patches(options)
+    if options.images:
+        return evaluate_images(options)
     from .evaluation.confidence import confidence_intervals
     from .evaluation.reranking import rerank
     from .evaluation.retrieval import camera_pair_metrics, reid_per_query_from_distances
@@ -351,7 +356,8 @@ def evaluate_patches(options: argparse.Namespace) -> None:
 
     accelerator = Accelerator()
     keep_freed_memory(accelerator)
-    descriptors = {options.model: describe_with(_load_model(options.model).to(accelerator.device), accelerator)}
+    model = _load_model(options.model, options.untrained).to(accelerator.device)
+    descriptors = {options.model: describe_with(model, accelerator)}
     if not options.no_sift:
         descriptors['RootSIFT'] = lambda patches: torch.from_numpy(sift_descriptors(patches, root=True))
         descriptors['SIFT'] = lambda patches: torch.from_numpy(sift_descriptors(patches))
@@ -364,6 +370,28 @@ def evaluate_patches(options: argparse.Namespace) -> None:
             print(f'{metric:32}' + ''.join(f'{100 * values[metric]:22.2f}' for values in measured.values()))
     if options.json:
         Path(options.json).write_text(json.dumps(results, indent=2) + '\n')
+
+
+def evaluate_images(options: argparse.Namespace) -> None:
+    """Print how well whole images are matched with a descriptor, and with RootSIFT at the same keypoints."""
+    from pathlib import Path
+
+    from accelerate import Accelerator
+
+    from .data.hpatches import find_hpatches_sequences
+    from .features import PatchDescriptor, root_sift
+    from .image_matching import image_matching_metrics
+
+    model = PatchDescriptor(_load_model(options.model, options.untrained).to(Accelerator().device))
+    descriptors = {
+        Path(options.model).name: lambda image, keypoints: model.compute(image, keypoints)[1],
+        'RootSIFT': root_sift,
+    }
+    metrics = image_matching_metrics(descriptors, find_hpatches_sequences(options.images))
+    print(' ' * 12 + ''.join(f'{name[-20:]:>22}' for name in metrics))
+    for metric in next(iter(metrics.values())):
+        form = '22.0f' if metric == 'matches' else '22.1%'
+        print(f'{metric:12}' + ''.join(f'{values[metric]:{form}}' for values in metrics.values()))
 
 
 def benchmark(options: argparse.Namespace) -> None:

@@ -55,7 +55,7 @@ DATA_SETS = {
 }
 PATCH_METRICS = 'patches.json'  # of csa-zoo evaluate --patches
 DATA_NOTES = 'DATA.md'  # the publisher's words on the training data: sources, licences, attribution
-KEY_METRICS = ('rank1', 'fpr95')
+KEY_METRICS = ('rank1', 'matching', 'fpr95')
 METRIC_NAMES = {
     'mAP': 'mAP',
     'mAP_market': "mAP (Market-1501's, by trapezoids)",
@@ -298,7 +298,7 @@ def render_card(run: str | Path, repo_id: str, license: str | None = None) -> Mo
         interpolation=cfg['interpolation'],
         mean=list(cfg['mean']),
         std=list(cfg['std']),
-        figures=[figure for figure in FIGURES if (folder / figure).is_file()],
+        figures=[] if shipped else [figure for figure in FIGURES if (folder / figure).is_file()],
         results=results,
         protocol=task.protocol,
         trained_on=_trained_on(files),
