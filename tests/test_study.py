@@ -133,7 +133,7 @@ def test_descriptors_are_measured_beside_sift(study, tmp_path):
         return SimpleNamespace(returncode=0)
 
     module.subprocess.run = run
-    arguments = ['descriptor', f'--output={output}', '--seeds=2', '--patches', 'scene']
+    arguments = ['--task=descriptor', f'--output={output}', '--seeds=2', '--patches', 'scene']
     table = module.main([*arguments, '--variants', 'hardnet', 'ralnet_csa'])
     assert table.splitlines() == [
         '| model | runs | fpr95 on scene (%) |',

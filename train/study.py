@@ -2,7 +2,7 @@
 
     python train/study.py --output runs/study
     python train/study.py --output runs/study --variants pcb_ds pcb_csa --seeds 5 --epochs 12
-    python train/study.py descriptor --output runs/descriptors --patches scikit-image
+    python train/study.py --task descriptor --output runs/descriptors --patches scikit-image
 
 Each run is a run of train/reid.py, or train/descriptor.py, by `accelerate launch`. What is finished is not trained
 again and what was killed goes on, so that the same command may be given until the table is whole. Options that are not
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> str:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument('task', nargs='?', choices=STUDIES, default='reid', help='what is studied (default: reid)')
+    parser.add_argument('--task', choices=STUDIES, default='reid', help='what is studied (default: reid)')
     parser.add_argument('--output', type=Path, required=True, help='folder of all runs and of the table')
     parser.add_argument('--recipe', type=Path, help="of every run (default: the task's small one)")
     parser.add_argument('--variants', nargs='+', help='all of the task if not given')
@@ -168,8 +168,8 @@ def results(output: Path, study: Study, variants: list[str]) -> str:
                 label = name or study.variants[variant][0]
                 rows.setdefault(label, []).append(figures)
     # 'matching on graf' is a figure of the column 'matching'
-    columns = {name: study.columns.get(name.split(' on ')[0]) for name in next(iter(rows.values()), [study.columns])[0]}
-    columns = {name: form for name, form in columns.items() if form}
+    measured = next(iter(rows.values()), [study.columns])[0]
+    columns = {n: form for metric, form in study.columns.items() for n in measured if n.split(' on ')[0] == metric}
     heads = [f'{name} ({"%" if form == PERCENT else "s"})' for name, form in columns.items()]
     lines = [f'| model | runs | {" | ".join(heads)} |', '|---' * (len(columns) + 2) + '|']
     for label, runs in rows.items():
