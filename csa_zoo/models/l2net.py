@@ -6,6 +6,9 @@ weights. HardNet and RAL-Net (Xu et al., ACCV 2018, https://arxiv.org/abs/1901.0
 with two losses; each has its names and its weights here.
 """
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from timm.layers import get_device_dtype, to_2tuple
 from timm.models import (
@@ -241,24 +244,37 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: L2Net) -> d
     return renamed
 
 
+def _cfg(**kwargs) -> dict[str, Any]:
+    return {
+        'num_classes': 0,
+        'input_size': (1, 32, 32),
+        'pool_size': (8, 8),
+        'fixed_input_size': True,
+        'crop_pct': 1.0,
+        'crop_mode': 'squash',
+        'interpolation': 'bilinear',
+        'mean': (0.0,),  # the model normalises each patch by itself
+        'std': (1.0,),
+        'first_conv': 'layer1.0',
+        'classifier': 'fc',
+        'license': 'apache-2.0',
+        **kwargs,
+    }
+
+
+def _shipped(name: str) -> dict[str, Any]:
+    """Weights that come with the package, stored in float16."""
+    return _cfg(file=str(Path(__file__).parent.parent / 'weights' / f'{name}.safetensors'))
+
+
 default_cfgs = generate_default_cfgs(
     {
-        f'l2net_{loss}{attention}': {
-            'num_classes': 0,
-            'input_size': (1, 32, 32),
-            'pool_size': (8, 8),
-            'fixed_input_size': True,
-            'crop_pct': 1.0,
-            'crop_mode': 'squash',
-            'interpolation': 'bilinear',
-            'mean': (0.0,),  # the model normalises each patch by itself
-            'std': (1.0,),
-            'first_conv': 'layer1.0',
-            'classifier': 'fc',
-            'license': 'apache-2.0',
-        }
-        for loss in ('hardnet', 'ralnet')
-        for attention in ('', '_sa', '_csa')
+        'l2net_hardnet.photographs': _shipped('l2net_hardnet.photographs'),
+        'l2net_hardnet_sa': _cfg(),
+        'l2net_hardnet_csa.photographs': _shipped('l2net_hardnet_csa.photographs'),
+        'l2net_ralnet': _cfg(),
+        'l2net_ralnet_sa': _cfg(),
+        'l2net_ralnet_csa.photographs': _shipped('l2net_ralnet_csa.photographs'),
     }
 )
 
