@@ -1,6 +1,7 @@
 """The registered models: timm's contract on all of them, PCB and L2-Net against their literal definitions."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,9 +59,12 @@ def test_registry():
     with_csa = {name for name in PCB + L2NET if name.endswith('_csa')}
     assert set(timm.list_models('*_csa')) == with_csa
     assert with_csa <= set(timm.list_models('*csa*'))
-    # weights are promised where there are some: ImageNet's under PCB
+    # weights are promised where there are some: ImageNet's under PCB, those in the package
     assert set(timm.list_pretrained('*pcb*')) == {f'{name}.tv_in1k' for name in PCB}
-    assert timm.list_pretrained('l2net*') == []
+    shipped = ('l2net_hardnet', 'l2net_hardnet_sa', 'l2net_hardnet_csa', 'l2net_ralnet_csa')
+    assert set(timm.list_pretrained('l2net*')) == {f'{name}.photographs' for name in shipped}
+    for name in shipped:
+        assert Path(timm.get_pretrained_cfg(f'{name}.photographs').file).is_file()
     for name in PCB:
         assert timm.get_pretrained_cfg(f'{name}.tv_in1k').hf_hub_id == f'timm/{name.split("_")[0]}.tv_in1k'
     for name in PCB + L2NET:

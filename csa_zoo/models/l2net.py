@@ -270,7 +270,7 @@ def _shipped(name: str) -> dict[str, Any]:
 default_cfgs = generate_default_cfgs(
     {
         'l2net_hardnet.photographs': _shipped('l2net_hardnet.photographs'),
-        'l2net_hardnet_sa': _cfg(),
+        'l2net_hardnet_sa.photographs': _shipped('l2net_hardnet_sa.photographs'),
         'l2net_hardnet_csa.photographs': _shipped('l2net_hardnet_csa.photographs'),
         'l2net_ralnet': _cfg(),
         'l2net_ralnet_sa': _cfg(),
