@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .data.keypoints import MAGNIFICATION, Keypoints, cut_squares, opencv
+from .data.keypoints import MAGNIFICATION, Keypoints, create_sift, cut_squares, opencv
+from .evaluation.sift import hellinger
 
 Geometry = Literal['homography', 'fundamental']
 PATCH_SIZE = 32
@@ -171,16 +172,6 @@ class PatchDescriptor:
         return self._model(batch).float().cpu().numpy()
 
 
-def create_sift(keypoints: int = 0) -> Any:
-    """OpenCV's SIFT without its shift: that many keypoints, the strongest, or all if 0.
-
-    Raises:
-        ModuleNotFoundError: If OpenCV is not installed.
-    """
-    # Without the precise upscale all positions are a quarter of a pixel too far right and down.
-    return opencv().SIFT_create(keypoints, enable_precise_upscale=True)
-
-
 def root_sift(image: np.ndarray, keypoints: Sequence[Any]) -> np.ndarray:
     """RootSIFT of SIFT's keypoints in an image, to compare with (Arandjelović & Zisserman, CVPR 2012).
 
@@ -194,7 +185,7 @@ def root_sift(image: np.ndarray, keypoints: Sequence[Any]) -> np.ndarray:
     if not len(keypoints):
         return np.empty((0, 128), np.float32)
     _, descriptors = create_sift().compute(_as_grey(image), keypoints)
-    return np.sqrt(descriptors / np.maximum(descriptors.sum(1, keepdims=True), 1))
+    return hellinger(descriptors)
 
 
 class ImageMatches(NamedTuple):

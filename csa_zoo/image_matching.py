@@ -11,10 +11,9 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .data.hpatches import ImageSequence
-from .data.keypoints import opencv
+from .data.keypoints import create_sift, opencv
 from .data.photographs import read_grey
 from .evaluation.matching import error_auc, homography_error, match_errors, mean_matching_accuracy
-from .features import create_sift
 
 DescribeImage = Callable[[np.ndarray, Sequence[Any]], np.ndarray]
 """Image (H, W) uint8 and its K keypoints to (K, D) float32."""

@@ -5,7 +5,7 @@ A keypoint's patch is the square of side 12 sigma in its direction, as in PhotoT
 
 import math
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.spatial import cKDTree
@@ -24,6 +24,12 @@ class Keypoints(NamedTuple):
         """Those that an index or a mask names."""
         return Keypoints(*(field[which] for field in self))
 
+    def frames(self) -> np.ndarray:
+        """(K, 2, 2) sides of the squares as columns: left to right, top to bottom, in pixels."""
+        cos, sin = np.cos(self.angle), np.sin(self.angle)
+        rotation = np.stack([np.stack([cos, -sin], -1), np.stack([sin, cos], -1)], -2)
+        return MAGNIFICATION * self.sigma[:, None, None] * rotation
+
 
 def opencv() -> ModuleType:
     """OpenCV, which is optional.
@@ -39,10 +45,19 @@ def opencv() -> ModuleType:
     return cv2
 
 
+def create_sift(keypoints: int = 0, contrast: float = 0.04) -> Any:
+    """OpenCV's SIFT without its shift: that many keypoints, the strongest, or all if 0, with at least that contrast.
+
+    Raises:
+        ModuleNotFoundError: If OpenCV is not installed.
+    """
+    # Without the precise upscale all positions are a quarter of a pixel too far right and down.
+    return opencv().SIFT_create(keypoints, contrastThreshold=contrast, enable_precise_upscale=True)
+
+
 def detect_keypoints(image: np.ndarray, most: int, min_side: float) -> Keypoints:
     """SIFT keypoints whose square lies inside the image, spread over it, no two alike."""
-    # Without the precise upscale all positions are a quarter of a pixel too far right and down.
-    found = opencv().SIFT_create(contrastThreshold=0.02, enable_precise_upscale=True).detect(image, None)
+    found = create_sift(contrast=0.02).detect(image, None)
     table = np.array([(*k.pt, k.size / 2, math.radians(k.angle), k.response) for k in found]).reshape(-1, 5)
     table = table[np.lexsort(table.T)[::-1]]  # strongest first, and the same order whatever the detector's threads did
     keypoints = Keypoints(table[:, :2], table[:, 2], table[:, 3])
@@ -108,9 +123,7 @@ def inside(points: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 def cut_squares(image: np.ndarray, keypoints: Keypoints, size: int) -> np.ndarray:
     """(K, size, size) uint8 upright patches of the keypoints' squares in an (H, W) uint8 image."""
-    side = MAGNIFICATION * keypoints.sigma
-    cos, sin = side * np.cos(keypoints.angle), side * np.sin(keypoints.angle)
-    return cut_regions(image, keypoints.xy, np.stack([np.stack([cos, -sin], -1), np.stack([sin, cos], -1)], -2), size)
+    return cut_regions(image, keypoints.xy, keypoints.frames(), size)
 
 
 def cut_regions(image: np.ndarray, xy: np.ndarray, linear: np.ndarray, size: int) -> np.ndarray:

@@ -2,8 +2,8 @@
 
 Each photograph gives two sequences: `i_NAME`, five times the same view in other light, and `v_NAME`, five simulated
 views from elsewhere. Regions are found in the photograph and carried over by the true homography as affine frames,
-then disturbed at three levels, easy, hard and tough. The benchmark disturbs by other, unpublished draws, so that
-figures compare descriptors on the same sequences and not with HPatches' own.
+then disturbed at three levels, easy, hard and tough. The disturbances are not the benchmark's, so that figures compare
+descriptors on the same sequences and not with HPatches' own.
 """
 
 import zlib
@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .hpatches import PATCH_TYPES
-from .keypoints import MAGNIFICATION, Keypoints, cut_regions, detect_keypoints, inside, opencv
+from .keypoints import Keypoints, cut_regions, detect_keypoints, inside, opencv
 from .patches import cache_entry, file_stamps
 from .photographs import FLATTEST, find_photographs, read_grey
 from .views import View, ViewChange, draw_homography, jacobian_at, map_points, render_view
@@ -91,7 +91,7 @@ def _cut_sequence(
     image: np.ndarray, keypoints: Keypoints, change: ViewChange, size: int, rng: np.random.Generator
 ) -> np.ndarray:
     """(16, N, size, size) uint8, of the points that are in sight of all views and not flat."""
-    types = {'ref': cut_regions(image, keypoints.xy, _frames(keypoints), size)}
+    types = {'ref': cut_regions(image, keypoints.xy, keypoints.frames(), size)}
     usable = np.ones(len(keypoints.sigma), bool)
     for view in range(1, VIEWS + 1):
         homography, canvas = draw_homography(image.shape, change, rng)
@@ -112,13 +112,6 @@ def _cut_sequence(
     return stack[:, usable]
 
 
-def _frames(keypoints: Keypoints) -> np.ndarray:
-    """(K, 2, 2) sides of the keypoints' squares."""
-    cos, sin = np.cos(keypoints.angle), np.sin(keypoints.angle)
-    rotation = np.stack([np.stack([cos, -sin], -1), np.stack([sin, cos], -1)], -2)
-    return MAGNIFICATION * keypoints.sigma[:, None, None] * rotation
-
-
 def _carry(
     keypoints: Keypoints, homography: np.ndarray, change: ViewChange, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -131,5 +124,5 @@ def _carry(
     )
     # longer one way, shorter the other, as an affine detector errs
     stretch = 2 ** (change.scale_noise * noise[4])
-    frames = _frames(moved) * np.stack([stretch, 1 / stretch], -1)[:, None, :]
+    frames = moved.frames() * np.stack([stretch, 1 / stretch], -1)[:, None, :]
     return map_points(homography, moved.xy), jacobian_at(homography, moved.xy) @ frames

@@ -47,6 +47,9 @@ def sift_descriptors(patches: Tensor | np.ndarray, root: bool = False) -> np.nda
             pool.map(describe, chunks), 'RootSIFT' if root else 'SIFT', len(chunks), disable=None, leave=False
         ):
             pass
-    if root:
-        result = np.sqrt(result / np.maximum(result.sum(1, keepdims=True), 1))
-    return result
+    return hellinger(result) if root else result
+
+
+def hellinger(descriptors: np.ndarray) -> np.ndarray:
+    """RootSIFT of SIFT, (N, 128): the square root of each share of the sum (Arandjelović & Zisserman, CVPR 2012)."""
+    return np.sqrt(descriptors / np.maximum(descriptors.sum(1, keepdims=True), 1))
