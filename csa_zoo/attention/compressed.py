@@ -38,9 +38,15 @@ def _without_autocast(device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
-def _images_at_a_time(x: torch.Tensor) -> int:
-    """As many images as keep scores and maps in a CPU core's cache (1 MB of float32 input), or all on other devices."""
-    return max(1, torch.get_num_threads() * 2**18 // x.shape[1:].numel()) if x.is_cpu else max(1, len(x))
+def _in_cache(x: torch.Tensor) -> list[slice]:
+    """Parts of a batch: on CPUs an image a thread, or as many as have 2 MB in float32, to stay in the caches."""
+    step = max(1, 2**19 // x.shape[1:].numel()) * torch.get_num_threads() if x.is_cpu else max(1, len(x))
+    return [slice(start, start + step) for start in range(0, max(1, len(x)), step)]
+
+
+def _by_rows(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Terms of `torch.baddbmm` for y + a @ bᵀ or its transpose, whichever has y by rows as it lies: half the time."""
+    return (y, a, b.mT) if y.stride(2) == 1 else (y.mT, b, a.mT)
 
 
 class _Attend(torch.autograd.Function):
@@ -53,19 +59,17 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(x: torch.Tensor, maps: torch.Tensor, value: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
-        output = x.clone()
+        output = torch.empty_like(x)
         with _without_autocast(x.device):
-            for part, out in zip(x.split(_images_at_a_time(x)), output.split(_images_at_a_time(x)), strict=True):
-                inputs, outputs = (_by_group(tensor, len(maps)) for tensor in (part, out))
+            scaled = alpha * value  # α scales the small matrices, not N positions
+            for part in _in_cache(x):
+                inputs, outputs = (_by_group(t, len(maps)) for t in (x[part], output[part].copy_(x[part])))
                 for g in range(len(maps)):
-                    x_g, y_g = inputs[:, g], outputs[:, g]
+                    x_g = inputs[:, g]
                     scores = x_g.mT @ maps[g].mT
-                    elementary = alpha * (value[g] @ (x_g @ scores.softmax(1)))
-                    weights = scores.softmax(2)
-                    # y_g += elementary @ weightsᵀ, by rows of the output as it lies in memory; `baddbmm_` would do the
-                    # same, but FLOP counters do not know it
-                    terms = (y_g, elementary, weights.mT) if x.is_contiguous() else (y_g.mT, weights, elementary.mT)
-                    torch.baddbmm(*terms, out=terms[0])
+                    elementary = scaled[g] @ (x_g @ scores.softmax(1))
+                    terms = _by_rows(outputs[:, g], elementary, scores.softmax(2))
+                    torch.baddbmm(*terms, out=terms[0])  # not `baddbmm_`, which FLOP counters do not know
         return output
 
     @staticmethod
@@ -80,26 +84,31 @@ class _Attend(torch.autograd.Function):
     def backward(ctx, grad: torch.Tensor) -> tuple:
         x, maps, value, alpha = ctx.saved_tensors
         grad = grad.contiguous(memory_format=torch.contiguous_format if x.is_contiguous() else torch.channels_last)
-        d_x = grad.clone()
-        inputs, d_outputs, d_inputs = (_by_group(tensor, len(maps)) for tensor in (x, grad, d_x))
-        d_parameters = []
+        d_x = torch.empty_like(grad)
+        d_maps, d_scaled = [0] * len(maps), [0] * len(maps)  # sums over the batch; scaled = α · value
+        sum_dtype = torch.promote_types(x.dtype, torch.float32)
         with _without_autocast(x.device):
-            for g in range(len(maps)):
-                x_g, d_y, v, w = inputs[:, g], d_outputs[:, g], maps[g], value[g]
-                scores = x_g.mT @ v.mT
-                base, weights = scores.softmax(1), scores.softmax(2)
-                pooled = x_g @ base
-                elementary = w @ pooled  # without α
-                d_elementary = d_y @ weights  # with respect to α · elementary
-                d_pooled = w.mT @ (alpha * d_elementary)
-                d_scores = torch._softmax_backward_data(x_g.mT @ d_pooled, base, 1, x.dtype)
-                d_scores += torch._softmax_backward_data(d_y.mT @ (alpha * elementary), weights, 2, x.dtype)
-                d_inputs[:, g].baddbmm_(d_pooled, base.mT).baddbmm_(v.mT.expand(len(x), -1, -1), d_scores.mT)
-                d_maps = (x_g @ d_scores).sum(0).mT
-                d_value = torch.einsum('bid,bjd->ij', alpha * d_elementary, pooled)
-                d_parameters.append((d_maps, d_value, (d_elementary * elementary).sum()))
-        d_maps, d_value, d_alpha = zip(*d_parameters, strict=True)
-        return d_x, torch.stack(d_maps), torch.stack(d_value), sum(d_alpha)
+            scaled = alpha * value
+            for part in _in_cache(x):
+                d_x[part] = grad[part]
+                inputs, d_outputs, d_inputs = (_by_group(t[part], len(maps)) for t in (x, grad, d_x))
+                for g in range(len(maps)):
+                    x_g, d_y, d_x_g = inputs[:, g], d_outputs[:, g], d_inputs[:, g]
+                    scores = x_g.mT @ maps[g].mT
+                    base, weights = scores.softmax(1), scores.softmax(2)
+                    pooled = x_g @ base
+                    d_elementary = d_y @ weights
+                    d_pooled = scaled[g].mT @ d_elementary
+                    d_scores = torch._softmax_backward_data(x_g.mT @ d_pooled, base, 1, x.dtype)
+                    d_scores += torch._softmax_backward_data(d_y.mT @ (scaled[g] @ pooled), weights, 2, x.dtype)
+                    for a, b in ((d_pooled, base), (maps[g].mT.expand(len(x_g), -1, -1), d_scores)):
+                        total, *factors = _by_rows(d_x_g, a, b)
+                        total.baddbmm_(*factors)
+                    d_maps[g] = d_maps[g] + (x_g @ d_scores).sum(0, dtype=sum_dtype).mT
+                    d_scaled[g] = d_scaled[g] + torch.einsum('bid,bjd->ij', d_elementary, pooled).to(sum_dtype)
+            d_scaled = torch.stack(d_scaled)
+            d_maps, d_value, d_alpha = torch.stack(d_maps), alpha * d_scaled, (d_scaled * value).sum()
+        return d_x, d_maps.to(x.dtype), d_value.to(x.dtype), d_alpha.to(x.dtype)
 
 
 @register_notrace_module  # one node for fx, as timm does for its own attention layers
