@@ -39,8 +39,8 @@ def _without_autocast(device: torch.device) -> AbstractContextManager:
 
 
 def _in_cache(x: torch.Tensor) -> list[slice]:
-    """Parts of a batch: on CPUs an image a thread, or as many as have 2 MB in float32, to stay in the caches."""
-    step = max(1, 2**19 // x.shape[1:].numel()) * torch.get_num_threads() if x.is_cpu else max(1, len(x))
+    """Parts of a batch: on CPUs an image a thread, or as many as have 1 MB in float32, to stay in the caches."""
+    step = max(1, 2**18 // x.shape[1:].numel()) * torch.get_num_threads() if x.is_cpu else max(1, len(x))
     return [slice(start, start + step) for start in range(0, max(1, len(x)), step)]
 
 
