@@ -40,8 +40,7 @@ def opencv() -> ModuleType:
     try:
         import cv2
     except ImportError as error:
-        message = 'cutting patches from photographs needs OpenCV: pip install "csa_zoo[photos]"'
-        raise ModuleNotFoundError(message) from error
+        raise ModuleNotFoundError('this needs OpenCV: pip install "csa_zoo[photos]"') from error
     return cv2
 
 

@@ -15,13 +15,14 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from tqdm.auto import tqdm
+
+from .keypoints import opencv
 
 FRAMES_PER_SECOND = 10  # more would be looked at in vain: people do not walk faster
 SHORTEST_TRACK = 3.0  # seconds
@@ -131,7 +132,7 @@ def hog_detector() -> Detector:
     Raises:
         ModuleNotFoundError: If OpenCV is not installed, or is version 5 without its contrib modules.
     """
-    cv2 = _cv2()
+    cv2 = opencv()
     if not hasattr(cv2, 'HOGDescriptor'):
         raise ModuleNotFoundError(
             f'OpenCV {cv2.__version__} has its person detector in the contrib modules only: pip uninstall '
@@ -300,7 +301,7 @@ class Film:
         self.path = Path(path).expanduser()
         if not self.path.is_file():
             raise FileNotFoundError(f'{self.path} is not a file')
-        rate = _cv2().VideoCapture(str(self.path)).get(_cv2().CAP_PROP_FPS)
+        rate = opencv().VideoCapture(str(self.path)).get(opencv().CAP_PROP_FPS)
         if not 0 < rate < math.inf:
             raise ValueError(f'{self.path} is not a video that OpenCV can read: convert it, for instance to MP4')
         self.step = max(1, round(rate / FRAMES_PER_SECOND))
@@ -312,7 +313,7 @@ class Film:
         Raises:
             ValueError: If there is none.
         """
-        cv2 = _cv2()
+        cv2 = opencv()
         capture = cv2.VideoCapture(str(self.path))
         total = max(0, math.ceil(capture.get(cv2.CAP_PROP_FRAME_COUNT) / self.step)) or None
         with tqdm(total=total, desc=description, unit='frame', disable=None if progress else True) as bar:
@@ -377,14 +378,6 @@ def _write_crops(root: Path, crops: Sequence[_Crop], film: Film, progress: bool)
             left, top, right, bottom = *np.floor(crop.box[:2]), *np.ceil(crop.box[2:])
             name = f'{crop.person:04d}_c{crop.camera}s1_{index * film.step:06d}_00.jpg'
             image.crop((left, top, right, bottom)).save(root / crop.folder / name, quality=95)
-
-
-def _cv2() -> ModuleType:
-    try:
-        import cv2
-    except ImportError as error:
-        raise ModuleNotFoundError('reading a video needs OpenCV: pip install "csa_zoo[photos]"') from error
-    return cv2
 
 
 def _area(boxes: np.ndarray) -> np.ndarray:

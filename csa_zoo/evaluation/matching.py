@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
+from ..data.keypoints import opencv
+
 Points = np.ndarray | Tensor
 
 
@@ -79,12 +81,7 @@ def homography_error(
         ModuleNotFoundError: If OpenCV is not installed.
         ValueError: As `match_errors`.
     """
-    try:
-        import cv2
-    except ImportError as error:
-        message = 'estimating a homography needs OpenCV: pip install "csa_zoo[photos]"'
-        raise ModuleNotFoundError(message) from error
-
+    cv2 = opencv()
     points0, points1 = _matched(keypoints0, keypoints1, matches)
     true = _as_homography(homography)
     if len(points0) < 4:

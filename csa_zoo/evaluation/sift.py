@@ -7,6 +7,8 @@ import numpy as np
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..data.keypoints import opencv
+
 
 def sift_descriptors(patches: Tensor | np.ndarray, root: bool = False) -> np.ndarray:
     """OpenCV's SIFT of one upright keypoint in the middle of each patch, whose sixteen cells cover the patch.
@@ -22,11 +24,7 @@ def sift_descriptors(patches: Tensor | np.ndarray, root: bool = False) -> np.nda
         ModuleNotFoundError: If OpenCV is not installed.
         ValueError: If the patches have another shape or type.
     """
-    try:
-        import cv2
-    except ImportError as error:
-        raise ModuleNotFoundError('SIFT needs OpenCV: pip install "csa_zoo[photos]"') from error
-
+    cv2 = opencv()
     patches = patches.cpu().numpy() if isinstance(patches, Tensor) else np.asarray(patches)
     if patches.ndim != 3 or patches.shape[1] != patches.shape[2] or patches.dtype != np.uint8:
         raise ValueError(f'patches must be uint8 of shape (N, S, S), not {patches.dtype} {patches.shape}')
