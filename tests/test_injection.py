@@ -60,6 +60,8 @@ def test_backbone_is_unchanged(name):
 def test_attention_ends_the_stage(name):
     """The feature level of the stage is the attention of what it was, seen by everything that follows."""
     plain, model = make(name).eval(), inject(make(name), alpha=0.5, stages=(1,)).eval()
+    if not hasattr(plain, 'forward_intermediates'):
+        pytest.skip('this version of timm gives no feature levels of this network')
     place = PLACES[name][1]
     level = next(i for i, info in enumerate(plain.feature_info) if place.startswith(info['module']) and info['module'])
     with torch.no_grad():

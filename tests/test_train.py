@@ -81,7 +81,7 @@ def test_run_folder(runs, name, image, metric):
     assert [path.name for path in (folder / 'state').iterdir()] == ['epoch_0003']
 
     model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
-    assert model.pretrained_cfg['input_size'] == image
+    assert tuple(model.pretrained_cfg['input_size']) == image
     trained = load_file(folder / 'model.safetensors')
     assert trained.keys() == model.state_dict().keys()
     assert not any(key.startswith('aux') for key in trained)

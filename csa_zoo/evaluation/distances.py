@@ -155,12 +155,12 @@ def is_constant(embeddings: Tensor) -> bool:
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Float32 products in float32, whatever the surrounding program allows: no TF32, no bfloat16, no autocast."""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-    if not hasattr(backends[0], 'fp32_precision'):  # torch 2.8
+    if not hasattr(torch.backends.cuda.matmul, 'fp32_precision'):  # torch 2.8
         before = torch.get_float32_matmul_precision()
         restore = [lambda: torch.set_float32_matmul_precision(before)]
         torch.set_float32_matmul_precision('highest')
     else:
+        backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
         # Not the older switch, which refuses to be read once a program has used the newer ones.
         restore = [partial(setattr, backend, 'fp32_precision', backend.fp32_precision) for backend in backends]
         for backend in backends:
