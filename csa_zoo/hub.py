@@ -27,7 +27,7 @@ from huggingface_hub import (
     hf_hub_download,
 )
 from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError
-from huggingface_hub.utils import httpx, validate_repo_id  # httpx is httpx2 in huggingface_hub 2
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -36,6 +36,11 @@ from .attention import CompressedSelfAttention
 from .recipes import RECIPE_FILE
 from .runs import CURVES, METRICS
 from .version import __version__
+
+try:
+    from huggingface_hub.utils import httpx  # httpx2 since huggingface_hub 2
+except ImportError:  # before 1.31
+    import httpx
 
 WEIGHTS, CONFIG, CARD = 'model.safetensors', 'config.json', 'README.md'
 REQUIRED = (WEIGHTS, CONFIG, METRICS, RECIPE_FILE)

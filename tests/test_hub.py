@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import timm
@@ -21,6 +22,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import RepositoryNotFoundError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 from safetensors.torch import load, load_file, save_file
 from test_train import load_script
 from timm.models import PretrainedCfg
@@ -225,6 +227,9 @@ def test_a_refused_upload_of_a_large_file(hub, run):
     assert hub.files(REPO) == {}
 
 
+@pytest.mark.skipif(
+    Version(huggingface_hub.__version__) < Version('1.24'), reason='older versions begin a broken download again'
+)
 def test_a_download_that_breaks_off_is_resumed(hub, run, monkeypatch):
     monkeypatch.setattr(constants, 'DOWNLOAD_CHUNK_SIZE', 65536)  # what is kept is whole chunks, of 10 MB otherwise
     publish(run, REPO)
