@@ -101,7 +101,7 @@ class PatchDescriptor:
 
         Args:
             model: From patches (N, 1, 32, 32) in [0, 1] to (N, D). It stays on its device, in its precision, and is put
-                in evaluation mode.
+                in evaluation mode whenever it is used.
             detector: Anything with OpenCV's `detect(image, mask)`; SIFT if None.
             magnification: Side of the patch in keypoint sizes.
 
@@ -169,7 +169,7 @@ class PatchDescriptor:
     def _describe(self, patches: np.ndarray) -> np.ndarray:
         weight = next(chain(self._model.parameters(), self._model.buffers()), torch.empty(0))
         batch = torch.from_numpy(patches)[:, None].to(weight.device, weight.dtype) / 255
-        return self._model(batch).float().cpu().numpy()
+        return self._model.eval()(batch).float().cpu().numpy()  # its owner may be training it
 
 
 def root_sift(image: np.ndarray, keypoints: Sequence[Any]) -> np.ndarray:

@@ -109,11 +109,17 @@ class TripletLoss(nn.Module):
 
         Args:
             descriptors: (B, D), of unit length, which the margin is meant for.
-            labels: Identity of each (B,). One that is the only one of its identity has distance 0 to its positive.
+            labels: Identity of each (B,). One that is the only one of its identity is its own positive, at a distance
+                of 0.001 (the root of what keeps the derivative finite).
 
         Returns:
             The mean loss, a float32 scalar; in several processes times their number.
+
+        Raises:
+            ValueError: If there is not one label for each descriptor.
         """
+        if labels.shape != descriptors.shape[:1]:
+            raise ValueError(f'{tuple(descriptors.shape)} descriptors need a label each, not {tuple(labels.shape)}')
         with torch.autocast(descriptors.device.type, enabled=False):
             descriptors, labels = _whole_batch(descriptors.float()), _whole_batch(labels)
             squares = descriptors.square().sum(1)
@@ -153,17 +159,20 @@ class PartLoss(nn.Module):
             triplet_weight: Of the triplet loss; 0 for none.
 
         Raises:
-            ValueError: If the model has no classes.
+            ValueError: If the model has no classes, or no such stages.
         """
         super().__init__()
         if not model.num_classes:
             raise ValueError('the model has no classes to train: create it with num_classes')
+        stages = range(len(model.feature_info) - 1)  # in feature_info the stem comes first
+        if not set(aux_stages) <= set(stages):
+            raise ValueError(f'aux_stages are {list(aux_stages)}, but the stages of the model are {list(stages)}')
         self.model = model
         self.aux_weight = aux_weight
         self.label_smoothing = label_smoothing
         self.triplet_weight = triplet_weight
         self.triplet = TripletLoss()
-        self.levels = [stage + 1 for stage in aux_stages]  # in feature_info the stem comes first
+        self.levels = sorted({stage + 1 for stage in aux_stages})  # intermediates come in this order
         self.aux = nn.ModuleList(
             _auxiliary_branch(model.feature_info[level]['num_chs'], model.num_classes) for level in self.levels
         )

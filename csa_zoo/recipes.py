@@ -1,6 +1,7 @@
 """Recipes: a typed dataclass, filled from a YAML file and the command line by jsonargparse."""
 
 import difflib
+import json
 import re
 from argparse import ArgumentParser as PlainParser
 from pathlib import Path
@@ -109,14 +110,13 @@ def _recipe_name(config: Path) -> str:
     return config.stem if parent == 'recipes' else f'{parent}-{config.stem}'
 
 
-def save_recipe(recipe: Any, path: Path) -> None:
-    """Write a recipe as YAML that `--config` reads back."""
+def recipe_as_yaml(recipe: Any) -> str:
+    """A recipe as YAML that `--config` reads back."""
     values = {name: getattr(recipe, name) for name in recipe.__dataclass_fields__}
-    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-    path.write_text(yaml.safe_dump(plain, sort_keys=False))
+    return yaml.safe_dump(json.loads(json.dumps(values)), sort_keys=False)  # by JSON, for plain lists and numbers
 
 
 def model_arguments(recipe: Any) -> dict[str, Any]:
     """Arguments of the model that differ from the defaults of its name."""
-    given = {'attn_stages': recipe.attn_stages, 'attn_kwargs': recipe.attn_kwargs}
-    return {**recipe.model_args, **{name: value for name, value in given.items() if value}}
+    given = {'attn_stages': recipe.attn_stages, 'attn_kwargs': recipe.attn_kwargs or None}
+    return {**recipe.model_args, **{name: value for name, value in given.items() if value is not None}}

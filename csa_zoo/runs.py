@@ -16,7 +16,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from .data.images import num_cores
-from .recipes import RECIPE_FILE, Launch, save_recipe
+from .recipes import RECIPE_FILE, Launch, recipe_as_yaml
 from .version import __version__
 
 HISTORY, METRICS, CURVES, STATES = 'history.jsonl', 'metrics.json', 'curves.png', 'state'
@@ -66,22 +66,23 @@ class Run:
         self.history = history
 
     @classmethod
-    def open(cls, accelerator: Accelerator, recipe: Any, launch: Launch) -> 'Run':
+    def open(cls, accelerator: Accelerator, recipe: Any, launch: Launch, optimizer: torch.optim.Optimizer) -> 'Run':
         """Make the folder of a new run, or take up a run at its last saved state.
 
         Call it after `accelerator.prepare`: all that is prepared, and the state of random numbers, is loaded from the
-        saved state.
+        saved state. The optimiser's settings are not: a resumed run goes on with those of its recipe, as overridden.
 
         Args:
             accelerator: Of this process.
-            recipe: Recipe to write into a new folder.
+            recipe: Recipe to write into the folder.
             launch: Where, and whether to resume.
+            optimizer: That is prepared.
 
         Raises:
             FileExistsError: If the folder of a new run holds a run already.
         """
         if launch.resume:
-            return cls._resume(accelerator, launch.resume)
+            return cls._resume(accelerator, recipe, launch.resume, optimizer)
         chosen = [launch.output or _free_folder(Path('runs') / launch.name)]
         folder = broadcast_object_list(chosen)[0]  # every process looks, the first one's answer holds
         if (folder / RECIPE_FILE).exists():
@@ -91,16 +92,21 @@ class Run:
         accelerator.wait_for_everyone()  # all have looked before one writes
         if accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
-            save_recipe(recipe, folder / RECIPE_FILE)
+            _replace(folder / RECIPE_FILE, recipe_as_yaml(recipe))
         accelerator.wait_for_everyone()
         return cls(accelerator, folder, [])
 
     @classmethod
-    def _resume(cls, accelerator: Accelerator, folder: Path) -> 'Run':
+    def _resume(cls, accelerator: Accelerator, recipe: Any, folder: Path, optimizer: torch.optim.Optimizer) -> 'Run':
+        if accelerator.is_main_process:
+            _replace(folder / RECIPE_FILE, recipe_as_yaml(recipe))
         state = _latest_state(folder)
         if not state:  # killed in its first epoch
             return cls(accelerator, folder, [])
+        settings = [{name: group[name] for name in group if name != 'params'} for group in optimizer.param_groups]
         accelerator.load_state(str(state))
+        for group, setting in zip(optimizer.param_groups, settings, strict=True):
+            group.update(setting)
         history = [json.loads(line) for line in (state / HISTORY).read_text().splitlines()]
         return cls(accelerator, folder, history)
 

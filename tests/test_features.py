@@ -176,7 +176,9 @@ class TestPatchDescriptor:
 
     def test_the_model_is_in_evaluation_mode(self, photograph):
         """timm creates models for training, where dropout would make every descriptor another."""
-        features = PatchDescriptor(timm.create_model('l2net_hardnet', drop_rate=0.5).train())
+        model = timm.create_model('l2net_hardnet', drop_rate=0.5)
+        features = PatchDescriptor(model)
+        model.train()
         keypoints = features.detect(photograph)[:20]
         first, second = (features.compute(photograph, keypoints)[1] for _ in range(2))
         np.testing.assert_array_equal(first, second)

@@ -1,6 +1,7 @@
 """The losses against the golden values of the released codes, naive loops, and themselves in two processes."""
 
 import math
+import re
 
 import pytest
 import timm
@@ -139,6 +140,14 @@ def test_part_loss_is_the_sum_of_parts_and_weighted_branches():
     assert not any(key.startswith('aux') for key in model.state_dict())
 
 
-def test_part_loss_needs_classes():
+def test_part_loss_needs_classes_and_stages_of_the_model():
     with pytest.raises(ValueError, match='num_classes'):
         PartLoss(timm.create_model('resnet18_pcb'))
+    model = timm.create_model('resnet18_pcb_csa', num_classes=5)
+    for stages in ((-1,), (4,)):
+        with pytest.raises(
+            ValueError, match=re.escape(f'{list(stages)}, but the stages of the model are [0, 1, 2, 3]')
+        ):
+            PartLoss(model, stages)
+    values = PartLoss(model, (2, 0, 0))(torch.randn(2, 3, 96, 32), torch.tensor([0, 1]))
+    assert 2 * math.log(5) == pytest.approx(values['aux_loss'].item(), abs=0.1)  # two branches that know nothing yet

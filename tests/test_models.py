@@ -528,6 +528,12 @@ def test_l2net_layers():
         torch.testing.assert_close(product, 0.36 * torch.eye(len(product)), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize('side', [33, 64])
+def test_l2net_takes_no_other_patches(side):
+    with pytest.raises(AssertionError, match='32x32'):
+        make('l2net_hardnet_csa').eval()(torch.rand(2, 1, side, side))
+
+
 def test_attention_follows_the_third_layer():
     model = make('l2net_ralnet_csa')
     placed = [key for key, module in model.named_modules() if isinstance(module, csa_zoo.CompressedSelfAttention)]

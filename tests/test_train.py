@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,10 +13,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import yaml
 from accelerate import debug_launcher
 from safetensors.torch import load_file
 
-import csa_zoo  # noqa: F401
+import csa_zoo.recipes
 from csa_zoo.losses import PartLoss
 
 SCRIPTS = Path(__file__).parent.parent / 'train'
@@ -122,6 +124,24 @@ def test_killed_and_resumed_equals_uninterrupted(runs, tmp_path, name, arguments
     assert drop_time[0] == drop_time[1]
 
 
+@pytest.mark.parametrize('name', ['reid', 'descriptor'])
+def test_options_of_a_resumed_run_hold(runs, tmp_path, name):
+    """More epochs go on at the recipe's learning rate and weight decay as overridden, and the recipe says so."""
+    whole, changed, longer = runs[name][0], tmp_path / 'changed', tmp_path / 'longer'
+    for folder, options in ((changed, ['--learning_rate=0', '--weight_decay=0.5']), (longer, [])):
+        shutil.copytree(whole, folder)
+        load_script(name).main([f'--resume={folder}', '--epochs=4', *options])
+        assert yaml.safe_load((folder / 'recipe.yaml').read_text())['epochs'] == 4
+    assert yaml.safe_load((changed / 'recipe.yaml').read_text())['weight_decay'] == 0.5
+    before, still, moved = (
+        {key: value for key, value in load_file(folder / 'model.safetensors').items() if key.endswith('.weight')}
+        for folder in (whole, changed, longer)
+    )
+    weights = [key for key in before if before[key].ndim == 4 and 'maps' not in key]
+    assert all(torch.equal(before[key], still[key]) for key in weights)
+    assert not any(torch.equal(before[key], moved[key]) for key in weights)
+
+
 def test_two_processes_run(tmp_path):
     for attempt in range(2):  # gloo may abort at exit after all is done, so files are what counts
         output = tmp_path / f'two{attempt}'
@@ -185,6 +205,31 @@ def test_wrong_key_in_a_recipe_file(tmp_path, capsys):
     with pytest.raises(SystemExit):
         load_script('descriptor').main([f'--config={recipe}'])
     assert "'batch_size' instead of 'batchsize'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('stages', [None, [], [1]])
+def test_attention_stages_of_a_recipe(stages):
+    module = load_script('reid')
+    options = [] if stages is None else [f'--attn_stages={stages}']
+    recipe, _ = module.RecipeParser(module.Recipe, None, module.DEFAULT_RECIPE).parse_recipe(options)
+    model = timm.create_model(recipe.model, **csa_zoo.recipes.model_arguments(recipe))
+    found = [name for name, _ in model.named_modules() if name.endswith('.csa')]
+    assert found == [f'layer{stage + 1}.csa' for stage in ([0, 1, 2] if stages is None else stages)]
+
+
+@pytest.mark.parametrize('option', ['epochs', 'batch_size', 'evaluate_every'])
+def test_nothing_can_be_done_zero_times(option, capsys):
+    with pytest.raises(SystemExit):
+        load_script('reid').main([f'--{option}=0'])
+    assert option in capsys.readouterr().err
+
+
+def test_test_sets_of_one_name_are_refused(monkeypatch):
+    module = load_script('descriptor')
+    monkeypatch.setattr(module, 'load_patches', lambda *_: None)
+    monkeypatch.setattr(module, 'with_pairs', lambda *_: None)
+    with pytest.raises(ValueError, match='photos'):
+        module.test_sets(module.Recipe(test=['home/photos', 'city/photos']))
 
 
 def test_a_folder_with_a_run_is_not_overwritten(runs):

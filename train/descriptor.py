@@ -17,9 +17,11 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from jsonargparse.typing import PositiveInt
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.nn import SyncBatchNorm
-from torch.optim.lr_scheduler import LinearLR
 from tqdm.auto import tqdm
 
 from csa_zoo.data.jitter import Jitter
@@ -55,19 +57,19 @@ class Recipe:
     """Share of each of them in every batch, summing to 1; by their numbers of points if not given."""
     test: list[str] = field(default_factory=lambda: [BUNDLED])
     """Folders to test on, each by itself; `scikit-image` for others of its photographs."""
-    views: int = 6
+    views: PositiveInt = 6
     """Simulated views of each keypoint of a photograph."""
-    points_per_photo: int = 800
+    points_per_photo: PositiveInt = 800
     """Most keypoints taken from one photograph."""
     min_side: float = 16.0
     """Smallest square cut from a photograph, in pixels; detectors find many smaller ones."""
-    test_pairs: int = 10_000
+    test_pairs: PositiveInt = 10_000
     """Pairs drawn from a test set that comes without any, half of them matching."""
-    epochs: int = 10
+    epochs: PositiveInt = 10
     """Epochs of training."""
-    pairs_per_epoch: int = 5_000_000
+    pairs_per_epoch: PositiveInt = 5_000_000
     """Pairs drawn in an epoch."""
-    batch_size: int = 1024
+    batch_size: PositiveInt = 1024
     """Pairs in a batch, over all processes; the negatives are sought among them."""
     learning_rate: float = 10.0
     """Initial learning rate, linear to 0. With a dampening of 0.9 it acts like a tenth of it without."""
@@ -115,13 +117,19 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         dampening=recipe.dampening,
         weight_decay=recipe.weight_decay,
     )
-    schedule = LinearLR(optimizer, 1.0, 0.0, total_iters=recipe.epochs * len(batches))
-    accelerator.register_for_checkpointing(schedule)  # not prepared: that would step it once for each process
+    schedule, _ = create_scheduler_v2(
+        optimizer,
+        'poly',  # of this power linear to 0
+        decay_rate=1.0,
+        num_epochs=recipe.epochs,
+        step_on_epochs=False,
+        updates_per_epoch=len(batches),
+    )
     net, optimizer = accelerator.prepare(torch.compile(model) if recipe.compile else model, optimizer)
     loss_function = HardNetLoss() if recipe.loss == 'hardnet' else RALLoss()
 
     set_seed(recipe.seed, device_specific=True)  # dropout differs between processes, initial weights did not
-    run = Run.open(accelerator, recipe, launch)
+    run = Run.open(accelerator, recipe, launch, optimizer)
     accelerator.print(
         f'Training {recipe.model} with the {recipe.loss} loss: {recipe.epochs} epochs of {len(batches)} batches of '
         f'{recipe.batch_size} pairs on {accelerator.num_processes} x {accelerator.device.type}.\n'
@@ -171,6 +179,8 @@ def test_sets(recipe: Recipe) -> dict[str, PatchSet]:
     """Patch sets with verification pairs, by name."""
     tests = {}
     for source in recipe.test:
+        if Path(source).name in tests:
+            raise ValueError(f'two test sets are called {Path(source).name}: rename a folder of {recipe.test}')
         tests[Path(source).name] = with_pairs(load_patches(source, 'test', recipe), recipe.test_pairs)
     return tests
 
@@ -204,7 +214,7 @@ def train_epoch(
     net: nn.Module,
     loss_function: nn.Module,
     optimizer: torch.optim.Optimizer,
-    schedule: LinearLR,
+    schedule: Scheduler,
     batches: PairBatches | MixedBatches,
     epoch: int,
 ) -> float:
@@ -213,13 +223,13 @@ def train_epoch(
     total = torch.zeros((), device=accelerator.device)
     bar = tqdm(batches.epoch(epoch), f'epoch {epoch + 1}', len(batches), disable=not accelerator.is_main_process)
     for step, (anchors, positives) in enumerate(bar, 1):
+        schedule.step_update(epoch * len(batches) + step - 1)
         # one forward pass for both: fewer kernels, and one set of batch statistics
         descriptors = net(torch.cat([anchors, positives]))
         loss = loss_function(*descriptors.chunk(2))
         accelerator.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
         total += loss.detach() / accelerator.num_processes
         if step % 20 == 0 or step == len(batches):  # now and then, since reading the loss waits for the device
             bar.set_postfix(loss=f'{total.item() / step:.4f}')

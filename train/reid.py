@@ -20,6 +20,7 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, set_seed
+from jsonargparse.typing import PositiveInt
 from timm.data.random_erasing import RandomErasing
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
@@ -60,15 +61,15 @@ class Recipe:
     """Options of the data set, such as {"num_identities": 300} of pedestrians."""
     image_size: tuple[int, int] = (384, 128)
     """Height and width that images are resized to."""
-    epochs: int = 100
+    epochs: PositiveInt = 100
     """Epochs of training."""
     induce_epochs: int = 0
     """Of PCB-RPP: epochs in which only the part classifier is trained. The stripes are trained in those before."""
     finetune_epochs: int = 0
     """Of PCB-RPP: last epochs, in which the refined parts and all else are trained. Without both, in all epochs."""
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """Images in a batch, over all processes."""
-    accumulate: int = 1
+    accumulate: PositiveInt = 1
     """Shares that a batch goes through the network in, one after another, to need less memory."""
     images_per_person: int = 0
     """Fill batches with so many images each of fewer people, as triplets need; 0 for images at random."""
@@ -110,7 +111,7 @@ class Recipe:
     """Keep channels last in memory."""
     compile: bool = False
     """Compile the network."""
-    evaluate_every: int = 10
+    evaluate_every: PositiveInt = 10
     """Epochs between evaluations; the last epoch is always evaluated."""
     tracker: str | None = None
     """Experiment tracker that Accelerate knows, such as tensorboard; has to be installed."""
@@ -139,7 +140,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     trainer.begin(stage_of(recipe, max(0, finished_epochs(launch.resume) - 1)))  # the one that the state is from
 
     set_seed(recipe.seed, device_specific=True)  # dropout differs between processes, initial weights did not
-    run = Run.open(accelerator, recipe, launch)
+    run = Run.open(accelerator, recipe, launch, trainer.optimizer)
     accelerator.print(
         f'Training {recipe.model} on {recipe.data}: {len(labels)} images of {model.num_classes} people, '
         f'{recipe.epochs} epochs of {trainer.updates} batches of {recipe.batch_size} on '

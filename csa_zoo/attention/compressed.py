@@ -123,6 +123,9 @@ class CompressedSelfAttention(nn.Module):
     At its initial `alpha` of 0 the module is the identity, so it can be put into a pretrained network. The input may be
     contiguous or channels_last; the output has the same layout.
 
+    `maps` and `value` hold weights and are never called, so that hooks on them do not run; parametrisations
+    (`torch.nn.utils.parametrize`) do. Gradients can be differentiated again; there is no forward-mode differentiation.
+
     Shape:
         - input: (B, C, H, W), C = `dim`
         - output: (B, C, H, W)
@@ -181,7 +184,7 @@ class CompressedSelfAttention(nn.Module):
         """Add context to every position: (B, C, H, W) to (B, C, H, W), computed in the input's dtype.
 
         Raises:
-            RuntimeError: If the input does not have `dim` channels, or its height or width is zero.
+            RuntimeError: If the input is not (B, `dim`, H, W), or its height or width is zero.
         """
         if not x.is_contiguous():
             x = x.contiguous(memory_format=torch.channels_last)
@@ -194,6 +197,8 @@ class CompressedSelfAttention(nn.Module):
         alpha = self.alpha.to(x.dtype)
         if torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling():
             return _attend(x, maps, value, alpha)
+        if x.ndim != 4:
+            raise RuntimeError(f'expected the input to be (B, {self.dim}, H, W), but its size is {tuple(x.shape)}')
         if x.shape[1] != self.dim:
             raise RuntimeError(f'expected the input to have {self.dim} channels, but got {x.shape[1]} channels')
         if x.shape[2:].numel() == 0:

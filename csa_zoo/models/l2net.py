@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from timm.layers import get_device_dtype, to_2tuple
+from timm.layers.trace_utils import _assert
 from timm.models import (
     checkpoint_seq,
     generate_default_cfgs,
@@ -205,7 +206,9 @@ class L2Net(nn.Module):
         """Descriptor of the feature map, or its logits: (B, 128, 8, 8) to (B, 128) or (B, classes)."""
         if not self.global_pool:
             return x
-        x = self.layer7(self.drop(x)).flatten(1)
+        x = self.layer7(self.drop(x))
+        _assert(x.shape[2] == 1 and x.shape[3] == 1, 'L2-Net describes patches of 32x32 pixels: resize them')
+        x = x.flatten(1)
         x = x.float()  # also under autocast, where a rounded descriptor would not be of unit length
         x = (x * torch.rsqrt((x * x).sum(1, keepdim=True) + 1e-10)).to(self.layer7[0].weight.dtype)
         return x if pre_logits else self.fc(x)
