@@ -207,7 +207,7 @@ class L2Net(nn.Module):
         if not self.global_pool:
             return x
         x = self.layer7(self.drop(x))
-        _assert(x.shape[2] == 1 and x.shape[3] == 1, 'L2-Net describes patches of 32x32 pixels: resize them')
+        _assert(x.shape[2] * x.shape[3] == 1, 'L2-Net describes patches of 32x32 pixels: resize them')
         x = x.flatten(1)
         x = x.float()  # also under autocast, where a rounded descriptor would not be of unit length
         x = (x * torch.rsqrt((x * x).sum(1, keepdim=True) + 1e-10)).to(self.layer7[0].weight.dtype)
