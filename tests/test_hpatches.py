@@ -455,10 +455,11 @@ class TestMetrics:
         on_gpu = {name: torch.from_numpy(x).half().cuda() for name, x in descriptors.items()}
         assert hpatches_metrics(on_gpu, tasks) == pytest.approx(hpatches_metrics(descriptors, tasks), abs=1e-9)
 
+    @pytest.mark.parametrize('length', [0, 1])
     @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.float16])
-    def test_constant_descriptors_are_chance(self, tasks, dtype):
+    def test_constant_descriptors_are_chance(self, tasks, dtype, length):
         vector = torch.nn.functional.normalize(torch.rand(128, generator=torch.Generator().manual_seed(0)), dim=0)
-        constant = {name: vector.to(dtype).expand(16, count, 128) for name, count in COUNTS.items()}
+        constant = {name: (length * vector).to(dtype).expand(16, count, 128) for name, count in COUNTS.items()}
         metrics = hpatches_metrics(constant, tasks)
         assert metrics['matching'] == metrics['matching_success'] == metrics['verification_auc'] == 0
         # All positives after all negatives: 95 distractors in the first pool.
@@ -473,6 +474,16 @@ class TestMetrics:
         rng = np.random.default_rng(0)
         perfect = {name: np.tile(rng.standard_normal((1, count, 32)), (16, 1, 1)) for name, count in COUNTS.items()}
         assert set(hpatches_metrics(perfect, tasks).values()) == {1.0}
+
+    @pytest.mark.parametrize('official', [False, True])
+    @pytest.mark.parametrize(('place', 'length'), [(0, 1000), (1000, 1), (1000, 1000)])
+    def test_float32_survives_a_long_descriptor_and_a_common_offset(self, tasks, place, length, official):
+        rng = np.random.default_rng(0)
+        perfect = {name: np.tile(rng.standard_normal((1, count, 32)), (16, 1, 1)) for name, count in COUNTS.items()}
+        for name, index in ((tasks.sequences[s], index) for s, index in (tasks.queries[0], tasks.distractors[0])):
+            perfect[name][:, index] *= length
+        descriptors = {name: (x + place).astype(np.float32) for name, x in perfect.items()}
+        assert set(hpatches_metrics(descriptors, tasks, official).values()) == {1.0}
 
     def test_extra_sequences_and_read_only_arrays(self, tasks):
         descriptors = random_descriptors(integer=False)

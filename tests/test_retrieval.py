@@ -99,13 +99,14 @@ def test_known_ranks_give_the_published_measures(ranks, step, market, inp):
 
 @st.composite
 def small_problems(draw):
-    """Few persons on a small grid: ties, junk, distractors and queries without a positive are the rule."""
+    """Few persons on a small grid, perhaps far away: ties, junk, distractors and queries without a positive abound."""
+    place = draw(st.sampled_from([0, 5000]))
     num_queries, num_gallery = draw(st.integers(1, 5)), draw(st.integers(1, 14))
 
     def integers(low, high, *shape):
         return draw(arrays(np.int64, shape, elements=st.integers(low, high)))
 
-    embeddings = [integers(-2, 2, count, 2).astype(np.float32) for count in (num_queries, num_gallery)]
+    embeddings = [(place + integers(-2, 2, count, 2)).astype(np.float32) for count in (num_queries, num_gallery)]
     ids = integers(0, 2, num_queries), integers(-1, 2, num_gallery)
     return *embeddings, *ids, integers(1, 2, num_queries), integers(1, 2, num_gallery)
 
@@ -132,6 +133,21 @@ def test_every_query_equals_the_loops(data):
     np.testing.assert_allclose(
         [metrics['mAP'], metrics['mAP_market'], metrics['mINP']], valid[:, 2:].mean(0), rtol=1e-12
     )
+
+
+@pytest.mark.parametrize('place', [0, 100, 10_000])
+@pytest.mark.parametrize('long', ['nothing', 'query', 'gallery', 'both'])
+def test_float32_survives_long_rows_and_a_common_offset(place, long):
+    query, gallery, *labels = problem(10, dim=32)
+    query[3] *= 1e5 if long in ('query', 'both') else 1
+    gallery[7] *= 1e5 if long in ('gallery', 'both') else 1
+    query, gallery = query + np.float32(place), gallery + np.float32(place)
+    results = as_rows(reid_per_query(query, gallery, *labels))
+    np.testing.assert_allclose(results, twin(query, gallery, *labels), rtol=1e-12)
+    # A process that has the long query among its own must not see the others otherwise.
+    for rows in (slice(0, 13), slice(13, 40)):
+        shard = reid_per_query(query[rows], gallery, labels[0][rows], labels[1], labels[2][rows], labels[3])
+        np.testing.assert_array_equal(as_rows(shard), results[rows])
 
 
 def test_step_ap_is_sklearns():

@@ -16,15 +16,21 @@ from tqdm import tqdm
 
 # Scores of one chunk of queries against the gallery. Larger chunks do not make the product faster.
 CHUNK_BYTES = 128 << 20
-# Rows of a gallery that has to be copied to be multiplied: junk dropped, half precision, on disk, on another device.
+# Rows of a gallery that has to be copied to be multiplied: junk dropped, half precision, on another device, centred.
 BLOCK_BYTES = 64 << 20
+# Rows, at least, that show where a gallery lies.
+SAMPLED_ROWS = 64
+# Squared length over squared spread beyond which embeddings are centred. Each doubling costs a binary digit of d².
+FAR_FROM_ZERO = 16
 
 
 class Proximity:
     """Closeness of every query to every gallery row: minus half the squared Euclidean distance, plus a constant.
 
-    A chunk of scores is Q Gᵀ + (c − |g|²) / 2, with c about the mean |q|²: d² = |q|² + c − 2 · score. For unit vectors
-    this is the cosine. The constant keeps float32's digits for the differences between rows.
+    A chunk of scores is Q Gᵀ + (c − |g|²) / 2, with c about the least |g|²: d² = |q|² + c − 2 · score. For unit vectors
+    this is the cosine. The least, because a larger constant would take float32's digits from the rows that are short.
+    Where embeddings lie far from zero, compared with their spread, a point amid the gallery is subtracted from both
+    sets, which changes no distance. Constant and point are the gallery's alone: scores depend on no other query.
 
     Products run in float32 proper (no TF32, no bfloat16, no autocast), or in float64 if either input is float64; half
     precision is converted. Matrix products may round equal columns differently, hence scores of equal gallery rows are
@@ -50,11 +56,12 @@ class Proximity:
         self.dtype = torch.promote_types(torch.promote_types(self.query.dtype, self.gallery.dtype), torch.float32)
         keeps_all = rows is None or len(rows) == len(self.gallery)
         self.rows = None if keeps_all else torch.from_numpy(rows).to(self.gallery.device)
+        self.center = self._center()
         self.query_norms = self._squared_norms(self.query, 'query')
-        self.offset = _rounded(self.query_norms.mean().item())
         gallery_norms = self._squared_norms(self.gallery, 'gallery')
         if self.rows is not None:
             gallery_norms = gallery_norms[self.rows.to(self.device)]
+        self.offset = _rounded(gallery_norms.min().item())
         self.gallery_bias = (self.offset - gallery_norms) / 2
         self.gallery_norms = gallery_norms
         self.repeats, self.originals = self._equal_rows()
@@ -82,7 +89,7 @@ class Proximity:
 
     @torch.no_grad()
     def _scores(self, queries: slice, out: Tensor) -> Tensor:
-        query = self.query[queries].to(self.device, self.dtype)
+        query = self._centered(self.query[queries])
         with full_precision(self.device):
             for columns, block in self._gallery_blocks():
                 torch.addmm(self.gallery_bias[columns], query, block.T, out=out[:, columns])
@@ -91,7 +98,8 @@ class Proximity:
         return out
 
     def _gallery_blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        if self.rows is None and self.gallery.dtype == self.dtype and self.gallery.device == self.device:
+        fits = self.gallery.dtype == self.dtype and self.gallery.device == self.device
+        if self.rows is None and fits and self.center is None:
             yield slice(None), self.gallery
             return
         width = len(self.gallery_bias)
@@ -99,13 +107,27 @@ class Proximity:
         for start in range(0, width, size):
             columns = slice(start, min(start + size, width))
             block = self.gallery[columns if self.rows is None else self.rows[columns]]
-            yield columns, block.to(self.device, self.dtype)
+            yield columns, self._centered(block)
+
+    def _center(self) -> Tensor | None:
+        """(D,) point amid the gallery, or None where embeddings do not lie far from zero for their spread."""
+        width = len(self.gallery) if self.rows is None else len(self.rows)
+        picked = slice(None, None, max(1, width // SAMPLED_ROWS))
+        sample = self.gallery[picked if self.rows is None else self.rows[picked]].to(self.device, self.dtype)
+        # Medians, which a few long rows do not move; each is a row's own value, so that integers stay integers.
+        center = sample.sort(0).values[len(sample) // 2]
+        length, spread = (rows.square().sum(1).median() for rows in (sample, sample - center))
+        return center if FAR_FROM_ZERO * spread < length else None
+
+    def _centered(self, rows: Tensor) -> Tensor:
+        rows = rows.to(self.device, self.dtype)
+        return rows if self.center is None else rows - self.center
 
     def _squared_norms(self, embeddings: Tensor, name: str) -> Tensor:
         size = max(1, BLOCK_BYTES // (embeddings.shape[1] * self.dtype.itemsize))
         # Not a norm squared: its root would round the squares of integers.
         blocks = embeddings.split(size)
-        squares = torch.cat([rows.to(self.device, self.dtype).square().sum(1) for rows in blocks])
+        squares = torch.cat([self._centered(rows).square().sum(1) for rows in blocks])
         if not squares.isfinite().all():
             raise ValueError(_describe_not_finite(embeddings, squares, name))
         return squares

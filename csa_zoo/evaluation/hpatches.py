@@ -183,18 +183,18 @@ def _matching(stacks: _Stacks, official_ties: bool) -> dict[str, float]:
 def _match(reference: Tensor, other: Tensor, official_ties: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Average precision by trapezoids and by steps, and success rate, of matching row i to row i."""
     proximity = Proximity(reference, other)
-    tolerance = _rounding(proximity)
     own = torch.arange(len(reference), device=reference.device)
     nearest = torch.empty_like(own)
     for rows, scores in proximity.chunks('matching'):
         if official_ties:
             best = scores.amax(1, keepdim=True)
-            nearest[rows] = (scores >= best - tolerance).byte().argmax(1)  # the first of them
+            nearest[rows] = (scores >= best - _rounding(proximity, rows, best)).byte().argmax(1)  # the first of them
         else:
             here = own[rows, None]
-            right = scores.gather(1, here).squeeze(1)
+            right = scores.gather(1, here)
+            right -= _rounding(proximity, rows, right)
             rival, index = scores.scatter_(1, here, -torch.inf).max(1)
-            nearest[rows] = torch.where(right > rival + tolerance, own[rows], index)
+            nearest[rows] = torch.where(right.squeeze(1) > rival, own[rows], index)
     correct = nearest == own
     distance = (reference - other[nearest]).square_().sum(1)
     order = own if official_ties else correct.byte().argsort(stable=True)
@@ -204,10 +204,14 @@ def _match(reference: Tensor, other: Tensor, official_ties: bool) -> tuple[Tenso
     return *average_precision(before, len(own)), correct.double().mean()
 
 
-def _rounding(proximity: Proximity) -> float:
-    """Least difference of scores that is not an accident of a matrix product's rounding."""
-    largest = max(proximity.query_norms.max().item(), proximity.gallery_norms.max().item())
-    return torch.finfo(proximity.dtype).eps * (4 + proximity.query.shape[1] ** 0.5 / 2) * largest
+def _rounding(proximity: Proximity, queries: slice, scores: Tensor) -> Tensor:
+    """(chunk, k) least differences from scores (chunk, k) that are no accident of a matrix product's rounding."""
+    # They are in proportion to the squared length of the longer vector, which is at most twice as long as the query or
+    # as the distance that the score stands for. Longer rows are farther away: they must not widen the tolerance.
+    squares = proximity.squared_distances(queries, scores.clone())
+    largest = torch.maximum(squares, proximity.query_norms[queries, None])
+    limits = torch.finfo(proximity.dtype)
+    return largest.mul_(limits.eps * (4 + proximity.query.shape[1] ** 0.5 / 2)).clamp_(min=limits.tiny)
 
 
 def _retrieval(stacks: _Stacks, tasks: HPatchesTasks, official_ties: bool) -> dict[str, float]:
@@ -246,7 +250,8 @@ def _distractors_before(stacks: _Stacks, queries: np.ndarray, distractors: np.nd
     source, index = distractors.T
     proximity = Proximity(query, stacks.gather(source, np.zeros_like(source), index))
     needed = (proximity.query_norms[:, None] + proximity.offset - squares) / 2
-    needed += _rounding(proximity) if official_ties else -_rounding(proximity)
+    rounding = _rounding(proximity, slice(None), needed)
+    needed += rounding if official_ties else -rounding
     counts = torch.empty(len(query), 15, len(POOLS) + 1, dtype=proximity.dtype, device=proximity.device)
     for rows, scores in proximity.chunks('retrieval'):
         present, starts = np.unique(sequence[rows], return_index=True)
