@@ -207,6 +207,13 @@ def failing_on_the_second(dim: int, made: list) -> nn.Module:
         ),
         ('mambaout_femto', {}, r'stages\.0 of MambaOut gives'),
         ('levit_128s', {}, r'stages\.0 of LevitDistilled gives \(2, 196, 128\).*token sequences'),
+        # 96 rows of 96 pixels of 96 channels
+        (
+            'swinv2_cr_tiny_384',
+            {'stages': (0,)},
+            r'stages\.0 of .* gives \(2, 96, 96, 96\) with the channels last',
+        ),
+        ('hrnet_w18_small', {'stages': (1,)}, r'stage2 of HighResolutionNet gives a list where .* several tensors'),
         ('vit_tiny_patch16_224', {}, r'of VisionTransformer does not end in an nn\.Sequential'),
         ('vgg11', {}, r'of VGG does not end in an nn\.Sequential'),
         ('regnety_002', {}, r's1 of RegNet does not end in an nn\.Sequential'),
@@ -226,6 +233,48 @@ def test_errors_leave_the_model_unchanged(name, arguments, message):
     assert not any(module._forward_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize('name', ['maxvit_tiny_rw_256', 'repvit_m1_0', 'regnetz_d8'])
+def test_as_many_channels_as_columns(name):
+    """Is no reason to take (B, C, H, W) for channels-last."""
+    shapes = []
+
+    class Recorder(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            shapes.append(tuple(x.shape))
+            return x
+
+    model = inject_attention(make(name, device='meta'), lambda dim: Recorder(), stages=(0,))
+    model(torch.empty(2, *model.pretrained_cfg['input_size'], device='meta'))
+    (shape,) = shapes
+    assert len(set(shape[1:])) == 1, shape
+
+
+@pytest.mark.parametrize(('name', 'size'), [('maxvit_tiny_rw_224', (384, 128)), ('coatnet_nano_rw_224', (256, 256))])
+def test_size_that_the_model_was_created_for(name, size):
+    """And not the one of its weights, which `pretrained_cfg` goes on naming."""
+    model = make(name, img_size=size, device='meta')
+    assert tuple(model.pretrained_cfg['input_size'][1:]) != size
+    if not hasattr(model, 'img_size'):
+        pytest.skip('this version of timm does not note the size in the network')
+    inject(model)
+    assert model(torch.empty(2, 3, *size, device='meta')).shape == (2, 1000)
+
+
+def test_size_that_cannot_be_known():
+    """Stages that run before the failure are checked all the same, the others when the size is named."""
+    model = make('botnet26t_256', img_size=(384, 128), device='meta')
+    keys = list(model.state_dict())
+    with pytest.raises(ValueError, match=r'ByobNet fails on images of \(3, 256, 256\).*AssertionError.*created for'):
+        inject(model)
+    assert list(model.state_dict()) == keys
+    assert not any(module._forward_hooks for module in model.modules())
+    inject(model, stages=(0, 1))
+    model.pretrained_cfg['input_size'] = (3, 384, 128)
+    inject(model, stages=(2,))
+    assert sum(key.endswith('csa.alpha') for key in model.state_dict()) == 3
+    assert model(torch.empty(2, 3, 384, 128, device='meta')).shape == (2, 1000)
+
+
 def test_errors_about_the_model():
     with pytest.raises(ValueError, match='Sequential has no feature_info'):
         inject_attention(nn.Sequential(nn.Conv2d(3, 8, 3)))
@@ -239,3 +288,6 @@ def test_errors_about_the_model():
     with pytest.raises(TypeError, match='heads'):
         inject_attention(model, stages=(0,), heads=8)
     assert list(model.state_dict()) == keys
+    model.forward = lambda images: images
+    with pytest.raises(ValueError, match=r'layer1 of ResNet gives nothing where attention needs'):
+        inject(model, stages=(0,))

@@ -51,8 +51,9 @@ def inject_attention(
 
     Raises:
         ValueError: If the attention is unknown, the model has no `feature_info`, or a stage does not exist, already has
-            such a child, has no place that an appended module would run in, or is not (B, C, H, W) there. The model is
-            unchanged then.
+            such a child, has no place that an appended module would run in, or is not (B, C, H, W) there; or if the
+            model fails before that place at the image size that it names (`img_size`, else its `pretrained_cfg`). The
+            model is unchanged then.
     """
     if isinstance(attention, str):
         if attention not in ATTENTIONS:
@@ -113,30 +114,62 @@ def _check_stages(model: nn.Module, stages: list[_Stage], name: str) -> None:
             raise ValueError(f'{stage.module} of {owner} already has a child named {name!r}')
     if not getattr(model, 'pretrained_cfg', None):  # a model under construction knows its own layout
         return
-    for stage, shape in zip(stages, _output_shapes(model, stages), strict=True):
-        if len(shape) != 4 or shape[1] != stage.channels:
+    for stage, layout in zip(stages, _layouts(model, stages), strict=True):
+        if not isinstance(layout, tuple) or len(layout) != 4 or layout[1] != stage.channels:
             raise ValueError(
-                f'{stage.module} of {owner} gives {shape} where attention needs (B, {stage.channels}, H, W): '
-                'stages that are channels-last or token sequences inside are not supported'
+                f'{stage.module} of {owner} gives {layout} where attention needs (B, {stage.channels}, H, W): '
+                'stages that are channels-last, token sequences or several tensors inside are not supported'
             )
 
 
-def _output_shapes(model: nn.Module, stages: list[_Stage]) -> list[tuple[int, ...]]:
-    """Run the model on the meta device, without data or memory, and note the shape in which each stage ends."""
-    shapes: dict[nn.Module, tuple[int, ...]] = {}
+def _layouts(model: nn.Module, stages: list[_Stage]) -> list[tuple[int, ...] | str]:
+    """Run the model on the meta device, without data or memory, and note in what each stage ends: a shape, or words."""
+    layouts: dict[nn.Module, tuple[int, ...] | str] = {}
     hooks = [
         # on the last child, since timm's checkpointing calls the children and not the Sequential
-        stage.end[-1].register_forward_hook(lambda module, _, output: shapes.update({module: tuple(output.shape)}))
+        stage.end[-1].register_forward_hook(lambda *call: layouts.update({call[0]: _layout(*call)}))
         for stage in stages
     ]
     tensors = {key: tensor.to('meta') for key, tensor in [*model.named_parameters(), *model.named_buffers()]}
-    channels, *size = model.pretrained_cfg['input_size']
-    channels = getattr(model, 'in_chans', channels)  # which the model may have been created with, unlike its cfg
-    images = torch.empty(2, channels, *size, device='meta', dtype=next(model.parameters()).dtype)
+    images = torch.empty(2, *_input_size(model), device='meta', dtype=next(model.parameters()).dtype)
     try:
         with torch.no_grad():
             functional_call(model, tensors, images)
+    except Exception as error:  # of any type: it is the network's own
+        if len(layouts) < len(stages):
+            raise ValueError(
+                f'{type(model).__name__} fails on images of {tuple(images.shape[1:])}, so that its stages cannot be '
+                f'checked ({type(error).__name__}: {error}); if it was created for another size, name that first: '
+                "model.pretrained_cfg['input_size'] = (channels, height, width)"
+            ) from error
     finally:
         for hook in hooks:
             hook.remove()
-    return [shapes[stage.end[-1]] for stage in stages]
+    return [layouts.get(stage.end[-1], 'nothing') for stage in stages]
+
+
+def _input_size(model: nn.Module) -> tuple[int, int, int]:
+    """What the model was created for, which its `pretrained_cfg` does not follow: (C, H, W)."""
+    channels, *size = model.pretrained_cfg['input_size']
+    channels = getattr(model, 'in_chans', channels)
+    for module in (model, getattr(model, 'patch_embed', None)):
+        built_for = getattr(module, 'img_size', None)
+        if built_for:
+            size = (built_for, built_for) if isinstance(built_for, int) else built_for
+            break
+    return channels, *size
+
+
+def _layout(block: nn.Module, inputs: tuple, output: object) -> tuple[int, ...] | str:
+    """The shape in which the block ends, or why that says nothing about its layout."""
+    if not isinstance(output, torch.Tensor):
+        return f'a {type(output).__name__}'
+    shape = tuple(output.shape)
+    if len(shape) != 4 or shape[1] != shape[3]:
+        return shape
+    # (B, C, H, C) may be (B, H, W, C) as well: the same weights take a map twice as wide, but not twice the channels
+    try:
+        block.forward(torch.cat([inputs[0], inputs[0]], dim=-1), *inputs[1:])
+    except Exception:
+        return f'{shape} with the channels last'
+    return shape
