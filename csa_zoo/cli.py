@@ -350,10 +350,11 @@ def evaluate_patches(options: argparse.Namespace) -> None:
     import torch
     from accelerate import Accelerator
 
-    from .evaluation.descriptors import describe_with, descriptor_metrics
+    from .evaluation.descriptors import by_name, describe_with, descriptor_metrics
     from .evaluation.sift import sift_descriptors
     from .runs import keep_freed_memory
 
+    sources = by_name(options.patches)
     accelerator = Accelerator()
     keep_freed_memory(accelerator)
     model = _load_model(options.model, options.untrained).to(accelerator.device)
@@ -362,9 +363,9 @@ def evaluate_patches(options: argparse.Namespace) -> None:
         descriptors['RootSIFT'] = lambda patches: torch.from_numpy(sift_descriptors(patches, root=True))
         descriptors['SIFT'] = lambda patches: torch.from_numpy(sift_descriptors(patches))
     results = {}
-    for source in options.patches:
+    for folder, source in sources.items():
         measured = {name: descriptor_metrics(describe, source) for name, describe in descriptors.items()}
-        results[Path(source).name] = measured
+        results[folder] = measured
         print(f'{source + " (%)":32}' + ''.join(f'{Path(name).name[-20:]:>22}' for name in measured))
         for metric in measured[options.model]:
             print(f'{metric:32}' + ''.join(f'{100 * values[metric]:22.2f}' for values in measured.values()))

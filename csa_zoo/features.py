@@ -113,7 +113,7 @@ class PatchDescriptor:
             raise ValueError(f'magnification is {magnification}, but it must be a number above 0')
         self.detector = detector or create_sift()
         self.magnification = magnification
-        self._model = InChunks(model).eval()
+        self._model = InChunks(model)
         try:
             self._size = self._describe(np.zeros((1, PATCH_SIZE, PATCH_SIZE), np.uint8)).shape[1]
         except RuntimeError as error:

@@ -98,16 +98,15 @@ class Run:
 
     @classmethod
     def _resume(cls, accelerator: Accelerator, recipe: Any, folder: Path, optimizer: torch.optim.Optimizer) -> 'Run':
-        if accelerator.is_main_process:
+        state, history = _latest_state(folder), []
+        if state:  # none if it was killed in its first epoch
+            settings = [{name: group[name] for name in group if name != 'params'} for group in optimizer.param_groups]
+            accelerator.load_state(str(state))
+            for group, setting in zip(optimizer.param_groups, settings, strict=True):
+                group.update(setting)
+            history = [json.loads(line) for line in (state / HISTORY).read_text().splitlines()]
+        if accelerator.is_main_process:  # not before: a recipe that the state does not fit is not kept
             _replace(folder / RECIPE_FILE, recipe_as_yaml(recipe))
-        state = _latest_state(folder)
-        if not state:  # killed in its first epoch
-            return cls(accelerator, folder, [])
-        settings = [{name: group[name] for name in group if name != 'params'} for group in optimizer.param_groups]
-        accelerator.load_state(str(state))
-        for group, setting in zip(optimizer.param_groups, settings, strict=True):
-            group.update(setting)
-        history = [json.loads(line) for line in (state / HISTORY).read_text().splitlines()]
         return cls(accelerator, folder, history)
 
     @property

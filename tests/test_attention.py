@@ -147,12 +147,16 @@ def test_autocast(kind, layout):
 
 @pytest.mark.parametrize('kind', [1, 2, 8, 'sa'])
 @pytest.mark.parametrize('layout', ['contiguous', 'channels_last'])
-@pytest.mark.parametrize(('dtype', 'tolerance'), [(torch.bfloat16, 0.03), (torch.float16, 0.003)], ids=str)
+@pytest.mark.parametrize(('dtype', 'tolerance'), [(torch.bfloat16, 0.02), (torch.float16, 0.003)], ids=str)
 def test_half_precision(kind, layout, dtype, tolerance):
     module, x = make(kind).to(dtype), make_input(layout, (5, 7)).to(dtype)
     actual = run(module, x)
     assert {tensor.dtype for tensor in actual.values()} == {dtype}
-    assert_close(actual, run_literal(module, x), tolerance)
+    expected = run_literal(module, x)
+    # the gradient of α is one sum whose terms cancel: over 60 seeds bfloat16's rounding reached 3 %
+    assert_close(actual, expected, 1.5 * tolerance)
+    del actual['alpha'], expected['alpha']
+    assert_close(actual, expected, tolerance)
 
 
 @pytest.mark.parametrize('kind', [2, 'sa'])

@@ -76,6 +76,12 @@ def test_errors_are_one_line(capsys):
     assert capsys.readouterr().err.startswith('csa-zoo: resnet18_pcb_csa does not say which data')
 
 
+def test_patches_of_one_name_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(['evaluate', 'l2net_hardnet', '--patches', 'home/photos', 'city/photos'])
+    assert 'two of home/photos, city/photos have one' in capsys.readouterr().err
+
+
 VERBS = [
     *('list', 'data check', 'data crop-people', 'render-pedestrians', 'make-patches', 'evaluate', 'benchmark'),
     *('visualize', 'match', 'card', 'publish', 'demo'),

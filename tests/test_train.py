@@ -142,6 +142,15 @@ def test_options_of_a_resumed_run_hold(runs, tmp_path, name):
     assert not any(torch.equal(before[key], moved[key]) for key in weights)
 
 
+def test_options_that_the_state_does_not_fit_are_not_kept(runs, tmp_path):
+    folder = tmp_path / 'run'
+    shutil.copytree(runs['descriptor'][0], folder)
+    recipe = (folder / 'recipe.yaml').read_bytes()
+    with pytest.raises((RuntimeError, ValueError)):
+        load_script('descriptor').main([f'--resume={folder}', '--model=l2net_hardnet', '--epochs=4'])
+    assert (folder / 'recipe.yaml').read_bytes() == recipe
+
+
 def test_two_processes_run(tmp_path):
     for attempt in range(2):  # gloo may abort at exit after all is done, so files are what counts
         output = tmp_path / f'two{attempt}'

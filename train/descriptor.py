@@ -29,7 +29,7 @@ from csa_zoo.data.pairs import MixedBatches, PairBatches
 from csa_zoo.data.patches import PatchSet, concatenate
 from csa_zoo.data.photographs import bundled_photographs, cut_photographs
 from csa_zoo.data.phototour import load_phototour
-from csa_zoo.evaluation.descriptors import BUNDLED, describe_with, verification_fpr95, with_pairs
+from csa_zoo.evaluation.descriptors import BUNDLED, by_name, describe_with, verification_fpr95, with_pairs
 from csa_zoo.losses import HardNetLoss, RALLoss
 from csa_zoo.recipes import RecipeParser, model_arguments
 from csa_zoo.runs import Run, keep_freed_memory, use_all_cores
@@ -177,12 +177,10 @@ def training_batches(recipe: Recipe, accelerator: Accelerator) -> PairBatches | 
 
 def test_sets(recipe: Recipe) -> dict[str, PatchSet]:
     """Patch sets with verification pairs, by name."""
-    tests = {}
-    for source in recipe.test:
-        if Path(source).name in tests:
-            raise ValueError(f'two test sets are called {Path(source).name}: rename a folder of {recipe.test}')
-        tests[Path(source).name] = with_pairs(load_patches(source, 'test', recipe), recipe.test_pairs)
-    return tests
+    return {
+        name: with_pairs(load_patches(source, 'test', recipe), recipe.test_pairs)
+        for name, source in by_name(recipe.test).items()
+    }
 
 
 def load_patches(source: str, split: str, recipe: Recipe) -> PatchSet:

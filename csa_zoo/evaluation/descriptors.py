@@ -3,7 +3,7 @@
 A descriptor is any function of patches, so that a model and SIFT are measured on the very same ones.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,6 +62,18 @@ def descriptor_metrics(describe: Describe, source: str | Path, pairs: int = 100_
     else:
         patches = cut_sequences(bundled_photographs()['test'] if source == BUNDLED else folder)
     return _sequences(describe, patches, draw_hpatches_tasks(patches, pairs))
+
+
+def by_name(sources: Sequence[str]) -> dict[str, str]:
+    """Sources by the names that their results go by.
+
+    Raises:
+        ValueError: If two have one name, of which one's results would be lost.
+    """
+    named = {Path(source).name: source for source in sources}
+    if len(named) < len(sources):
+        raise ValueError(f'results go by the names of folders, and two of {", ".join(sources)} have one: rename it')
+    return named
 
 
 def describe_with(model: nn.Module, accelerator: Accelerator, description: str = 'describing') -> Describe:
