@@ -1,11 +1,15 @@
 """`csa-zoo`: the command line."""
 
 import argparse
+import json
 from collections.abc import Callable
 
+from .mistakes import told_in_a_line
 from .version import __version__
 
-# each verb imports what it needs when it runs, so that --help answers at once
+PEOPLE_ONLY = ('data', 'root', 'image_size', 'rerank', 'camera_pairs', 'csv')
+
+# each verb imports what it needs when it runs, and waits for nothing that another one needs
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,9 +59,9 @@ def main(argv: list[str] | None = None) -> int:
         'csa-zoo render-pedestrians data/pedestrians --identities 1000 --seed 1',
     )
     verb.add_argument('output', help='folder to write')
-    verb.add_argument('--identities', type=int, help='people, half of them to train on')
+    verb.add_argument('--identities', type=positive_int, help='people, half of them to train on (default: 340)')
     verb.add_argument('--seed', type=int, default=0, help='another seed gives other people (default: 0)')
-    verb.add_argument('--workers', type=int, help='processes (default: one for each core)')
+    verb.add_argument('--workers', type=positive_int, help='processes (default: one for each core)')
 
     verb = _add(
         verbs,
@@ -69,7 +73,9 @@ def main(argv: list[str] | None = None) -> int:
     verb.add_argument('source', metavar='MODEL_OR_PHOTOS', help='folder of a COLMAP model, or of photographs')
     verb.add_argument('output', help='folder to write, in the PhotoTour layout')
     verb.add_argument('--images', metavar='DIR', help='folder of the photographs of a model')
-    verb.add_argument('--max-points', type=int, default=100_000, help='drawn at random from more (default: 100000)')
+    verb.add_argument(
+        '--max-points', type=positive_int, default=100_000, help='drawn at random from more (default: 100000)'
+    )
     verb.add_argument('--seed', type=int, default=0, help='of what is drawn (default: 0)')
 
     verb = _add(
@@ -82,10 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     verb.add_argument(
         'model', help='folder of a run, name of a timm model, hf-hub:owner/name, or colour-histograms for a baseline'
     )
-    verb.add_argument('--data', help="name of the set (default: the run's own)")
-    verb.add_argument('--root', help="where the set is (default: the run's own)")
-    verb.add_argument('--image-size', type=int, nargs=2, metavar=('H', 'W'), help="default: the model's input size")
-    verb.add_argument('--batch-size', type=int, default=256, help='images in a forward pass (default: 256)')
+    _add_people(verb)
     verb.add_argument('--rerank', action='store_true', help='k-reciprocal re-ranking too')
     verb.add_argument(
         '--patches',
@@ -97,10 +100,9 @@ def main(argv: list[str] | None = None) -> int:
         '--images', metavar='FOLDER', help="match whole images beside RootSIFT: HPatches' sequences with homographies"
     )
     verb.add_argument('--no-sift', action='store_true', help='with --patches: without SIFT and RootSIFT')
-    verb.add_argument('--json', help='with --patches: write the figures to this file')
+    verb.add_argument('--json', help='write the figures to this file')
     verb.add_argument('--camera-pairs', action='store_true', help='rank-1 and mAP of each pair of cameras too')
     verb.add_argument('--csv', '--per-query', help='write what each query found to this file; .parquet for Parquet')
-    verb.add_argument('--untrained', type=int, metavar='SEED', help='random weights: the score before any training')
 
     verb = _add(
         verbs,
@@ -118,27 +120,33 @@ def main(argv: list[str] | None = None) -> int:
         'eca, cbam, coord, gc, nl, bat, halo, lambda; or package.module:Name, called with the channels '
         '(default: most of these)',
     )
-    verb.add_argument('--image-size', type=int, nargs=2, metavar=('H', 'W'), help="default: each model's input size")
-    verb.add_argument('--batch-size', type=int, help='default: the pixels of 4 (CPU) or 64 (GPU) images of 384x128')
+    verb.add_argument(
+        '--image-size', type=positive_int, nargs=2, metavar=('H', 'W'), help="default: each model's input size"
+    )
+    verb.add_argument(
+        '--batch-size', type=positive_int, help='default: the pixels of 4 (CPU) or 64 (GPU) images of 384x128'
+    )
     verb.add_argument(
         '--stages', type=int, nargs='+', metavar='N', help="that attention follows (default: the paper's)"
     )
-    verb.add_argument('--num-maps', type=int, default=32, help='base attention maps of a group of CSA (default: 32)')
+    verb.add_argument(
+        '--num-maps', type=positive_int, default=32, help='base attention maps of a group of CSA (default: 32)'
+    )
     verb.add_argument(
         '--sides',
-        type=int,
+        type=positive_int,
         nargs='*',
         metavar='H',
         help='heights and widths to measure growth at (default: 16 32 64 128 256)',
     )
-    verb.add_argument('--channels', type=int, default=256, help='channels to measure growth at (default: 256)')
-    verb.add_argument('--rounds', type=int, default=5, help='in which all take turns (default: 5)')
+    verb.add_argument('--channels', type=positive_int, default=256, help='channels to measure growth at (default: 256)')
+    verb.add_argument('--rounds', type=positive_int, default=5, help='in which all take turns (default: 5)')
     verb.add_argument('--device', choices=('cuda', 'cpu'), help='default: cuda where there is one, else cpu')
     verb.add_argument('--dtype', choices=('float32', 'bfloat16', 'float16'), default='float32')
     verb.add_argument('--autocast', action='store_true', help='keep weights in float32, and let autocast use the dtype')
     verb.add_argument('--layout', choices=('channels_last', 'contiguous'), default='channels_last')
     verb.add_argument('--compile', action='store_true', help='by torch.compile')
-    verb.add_argument('--threads', type=int, help="of a CPU (default: PyTorch's choice)")
+    verb.add_argument('--threads', type=positive_int, help="of a CPU (default: PyTorch's choice)")
     verb.add_argument(
         '--output', default='benchmark', help='folder for tables, timings and figure (default: benchmark)'
     )
@@ -147,13 +155,13 @@ def main(argv: list[str] | None = None) -> int:
         verbs,
         'visualize',
         visualize,
-        'draw ranked lists and attention maps of a re-identification run',
+        'draw ranked lists and attention maps of a person re-identification model',
         'csa-zoo visualize runs/pedestrians --output figures',
     )
-    verb.add_argument('model', help='folder of a run')
-    verb.add_argument('--queries', type=int, default=6, help='ranked lists to draw (default: 6)')
-    verb.add_argument('--output', help='folder for the figures (default: the run)')
-    verb.set_defaults(data=None, root=None, image_size=None, batch_size=256, untrained=None)  # the run's own
+    verb.add_argument('model', help='folder of a run, name of a timm model, hf-hub:owner/name, or colour-histograms')
+    _add_people(verb)
+    verb.add_argument('--queries', type=positive_int, default=6, help='ranked lists to draw (default: 6)')
+    verb.add_argument('--output', help="folder for the figures (default: the run's, or else the current one)")
 
     verb = _add(
         verbs,
@@ -168,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
         default='l2net_hardnet_csa',
         help='folder of a run, name of a timm model, or hf-hub:owner/name (default: %(default)s)',
     )
-    verb.add_argument('--keypoints', type=int, default=2048, help='most of an image (default: %(default)s)')
+    verb.add_argument('--keypoints', type=positive_int, default=2048, help='most of an image (default: %(default)s)')
     verb.add_argument(
         '--geometry',
         choices=('homography', 'fundamental'),
@@ -216,10 +224,27 @@ def main(argv: list[str] | None = None) -> int:
     verb.add_argument('--port', type=int, help='of this machine, which alone can see the page (default: 7860 or next)')
 
     options = parser.parse_args(argv)
-    try:
+    with told_in_a_line('csa-zoo'):
         return options.run(options) or 0
-    except (OSError, ValueError, ImportError) as error:
-        parser.exit(1, f'csa-zoo: {error}\n')
+
+
+def positive_int(text: str) -> int:
+    """A whole number from 1, of an option."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f'must be at least 1, got {number}')
+    return number
+
+
+def _add_people(verb: argparse.ArgumentParser) -> None:
+    """The options of what `_embed` does."""
+    verb.add_argument('--data', help="name of the set (default: the run's own)")
+    verb.add_argument('--root', help="where the set is (default: the run's own)")
+    verb.add_argument(
+        '--image-size', type=positive_int, nargs=2, metavar=('H', 'W'), help="default: the model's input size"
+    )
+    verb.add_argument('--batch-size', type=positive_int, default=256, help='images in a forward pass (default: 256)')
+    verb.add_argument('--untrained', type=int, metavar='SEED', help='random weights: the score before any training')
 
 
 def _add(verbs, name: str, run: Callable, summary: str, example: str) -> argparse.ArgumentParser:
@@ -238,14 +263,13 @@ def list_models(options: argparse.Namespace) -> None:
     import timm
     import torch
 
-    import csa_zoo  # noqa: F401
+    from .checkpoints import key_metric
 
-    from .hub import key_metric
-
+    names = [name for name in timm.list_models(options.filter) if _is_ours(name)]
+    if not names:
+        raise ValueError(f"no model of the zoo matches {options.filter!r}: quote wildcards, such as '*csa*'")
     print(f'{"model":34} {"input":10} {"parameters":>10}  {"key metric":36} weights')
-    for name in timm.list_models(options.filter):
-        if not _is_ours(name):
-            continue
+    for name in names:
         with torch.device('meta'):
             parameters = sum(p.numel() for p in timm.create_model(name, num_classes=0).parameters())
         for tagged, config in timm.models.get_arch_pretrained_cfgs(name).items():
@@ -301,11 +325,27 @@ def make_patches(options: argparse.Namespace) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Print the metrics with their 95 % intervals over queries."""
+    """Measure people, patches or whole images, whichever the options name."""
+    from pathlib import Path
+
+    for_people = {f'--{name.replace("_", "-")}': getattr(options, name) for name in PEOPLE_ONLY}
+    given = [name for name, value in for_people.items() if value]
+    if given and (options.patches or options.images):
+        raise ValueError(f'{", ".join(given)}: for person re-identification, without --patches and --images')
+    for file in filter(None, (options.csv, options.json)):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)  # now, not after all the work
     if options.patches:
-        return evaluate_patches(options)
-    if options.images:
-        return evaluate_images(options)
+        figures = evaluate_patches(options)
+    elif options.images:
+        figures = evaluate_images(options)
+    else:
+        figures = evaluate_people(options)
+    if options.json:
+        Path(options.json).write_text(json.dumps(figures, indent=2) + '\n')
+
+
+def evaluate_people(options: argparse.Namespace) -> dict[str, dict]:
+    """Print the metrics with their 95 % intervals over queries."""
     from .evaluation.confidence import confidence_intervals
     from .evaluation.reranking import rerank
     from .evaluation.retrieval import camera_pair_metrics, reid_per_query_from_distances
@@ -314,42 +354,46 @@ def evaluate(options: argparse.Namespace) -> None:
     _, data, _, people = _embed(options)
     results = people.results()
     intervals = confidence_intervals(results)
+    figures = {'metrics': results.metrics(), 'intervals': intervals}
     print(
         f'{len(people.query):,} queries, {len(people.gallery):,} gallery images, {people.query.shape[1]} numbers each'
     )
-    for name, value in results.metrics().items():
-        if name in intervals:
-            low, high = intervals[name]
-            print(f'{name:>12} {100 * value:6.2f} %   95 % interval {100 * low:6.2f} to {100 * high:6.2f}')
+    for name, (low, high) in intervals.items():
+        value = figures['metrics'][name]
+        print(f'{name:>12} {100 * value:6.2f} %   95 % interval {100 * low:6.2f} to {100 * high:6.2f}')
     print('of pairs up to a distance (2 - 2 cosine is its square) taken for one person:')
-    rates = list(reid_verification(people.query, people.gallery, *people.labels, (1e-3, 1e-2)).items())
+    figures['verification'] = reid_verification(people.query, people.gallery, *people.labels, (1e-3, 1e-2))
+    rates = list(figures['verification'].items())
     for (name, value), (_, threshold) in zip(rates[::2], rates[1::2], strict=True):
         print(f'{name:>12} {100 * value:6.2f} %   at distance {threshold:.4f}')
     if options.rerank:
         distances = rerank(people.query, people.gallery)
+        figures['reranked'] = reid_per_query_from_distances(distances, *people.labels).metrics()
         print('after k-reciprocal re-ranking:')
-        for name, value in reid_per_query_from_distances(distances, *people.labels).metrics().items():
-            if name in intervals:
-                print(f'{name:>12} {100 * value:6.2f} %')
+        for name in intervals:
+            print(f'{name:>12} {100 * figures["reranked"][name]:6.2f} %')
     if options.camera_pairs:
         print('query camera, gallery camera: queries, rank-1, mAP')
-        for cameras, pair in camera_pair_metrics(people.query, people.gallery, *people.labels).items():
+        pairs = camera_pair_metrics(people.query, people.gallery, *people.labels)
+        figures['camera_pairs'] = {f'{query}-{gallery}': pair for (query, gallery), pair in pairs.items()}
+        for (query, gallery), pair in pairs.items():
             scores = f'{100 * pair["rank1"]:6.2f} % {100 * pair["mAP"]:6.2f} %'
-            print(f'{cameras[0]:4} {cameras[1]:4} {pair["num_queries"]:6,} {scores}')
+            print(f'{query:4} {gallery:4} {pair["num_queries"]:6,} {scores}')
     if options.csv:
         write = results.write_parquet if options.csv.endswith('.parquet') else results.write_csv
         write(options.csv, data['query']['path'][:])
         print(f'each query: {options.csv}')
+    return figures
 
 
-def evaluate_patches(options: argparse.Namespace) -> None:
+def evaluate_patches(options: argparse.Namespace) -> dict[str, dict]:
     """Print a descriptor's metrics on each folder, beside those of SIFT and RootSIFT on the same patches."""
-    import json
     from pathlib import Path
 
     import torch
     from accelerate import Accelerator
 
+    from .checkpoints import load_model
     from .evaluation.descriptors import by_name, describe_with, descriptor_metrics
     from .evaluation.sift import sift_descriptors
     from .runs import keep_freed_memory
@@ -357,33 +401,33 @@ def evaluate_patches(options: argparse.Namespace) -> None:
     sources = by_name(options.patches)
     accelerator = Accelerator()
     keep_freed_memory(accelerator)
-    model = _load_model(options.model, options.untrained).to(accelerator.device)
+    model = load_model(options.model, 1, options.untrained).to(accelerator.device)
     descriptors = {options.model: describe_with(model, accelerator)}
     if not options.no_sift:
         descriptors['RootSIFT'] = lambda patches: torch.from_numpy(sift_descriptors(patches, root=True))
         descriptors['SIFT'] = lambda patches: torch.from_numpy(sift_descriptors(patches))
-    results = {}
+    figures = {}
     for folder, source in sources.items():
         measured = {name: descriptor_metrics(describe, source) for name, describe in descriptors.items()}
-        results[folder] = measured
+        figures[folder] = measured
         print(f'{source + " (%)":32}' + ''.join(f'{Path(name).name[-20:]:>22}' for name in measured))
         for metric in measured[options.model]:
             print(f'{metric:32}' + ''.join(f'{100 * values[metric]:22.2f}' for values in measured.values()))
-    if options.json:
-        Path(options.json).write_text(json.dumps(results, indent=2) + '\n')
+    return figures
 
 
-def evaluate_images(options: argparse.Namespace) -> None:
+def evaluate_images(options: argparse.Namespace) -> dict[str, dict]:
     """Print how well whole images are matched with a descriptor, and with RootSIFT at the same keypoints."""
     from pathlib import Path
 
     from accelerate import Accelerator
 
+    from .checkpoints import load_model
     from .data.hpatches import find_hpatches_sequences
     from .features import PatchDescriptor, root_sift
     from .image_matching import image_matching_metrics
 
-    model = PatchDescriptor(_load_model(options.model, options.untrained).to(Accelerator().device))
+    model = PatchDescriptor(load_model(options.model, 1, options.untrained).to(Accelerator().device))
     descriptors = {
         Path(options.model).name: lambda image, keypoints: model.compute(image, keypoints)[1],
         'RootSIFT': root_sift,
@@ -393,6 +437,7 @@ def evaluate_images(options: argparse.Namespace) -> None:
     for metric in next(iter(metrics.values())):
         form = '22.0f' if metric == 'matches' else '22.1%'
         print(f'{metric:12}' + ''.join(f'{values[metric]:{form}}' for values in metrics.values()))
+    return metrics
 
 
 def benchmark(options: argparse.Namespace) -> None:
@@ -444,9 +489,9 @@ def visualize(options: argparse.Namespace) -> None:
     from .visualize import draw_attention, draw_ranked_lists
 
     model, _, images, people = _embed(options)
-    output = Path(options.output or options.model)
+    output = Path(options.output or (options.model if Path(options.model).is_dir() else '.'))
     output.mkdir(parents=True, exist_ok=True)
-    queries = np.linspace(0, len(people.query) - 1, options.queries).astype(int)
+    queries = np.linspace(0, len(people.query) - 1, min(options.queries, len(people.query))).astype(int)
     figure = draw_ranked_lists(images['query'], images['gallery'], people.ranked_lists(10), queries)
     figure.savefig(output / 'ranked_lists.png', dpi=130)
     print(output / 'ranked_lists.png')
@@ -466,14 +511,13 @@ def match(options: argparse.Namespace) -> None:
 
     from accelerate import Accelerator
 
+    from .checkpoints import load_model
     from .data.photographs import read_grey
     from .features import PatchDescriptor, create_sift, match_features, root_sift
     from .visualize import draw_matches
 
-    if options.keypoints < 1:
-        raise ValueError(f'--keypoints is {options.keypoints}, but it must be at least 1')
     images = [read_grey(Path(path), max_side=1600) for path in options.images]
-    model = PatchDescriptor(_load_model(options.model).to(Accelerator().device), create_sift(options.keypoints))
+    model = PatchDescriptor(load_model(options.model, 1).to(Accelerator().device), create_sift(options.keypoints))
     keypoints = [model.detect(image) for image in images]
     for path, image, found in zip(options.images, images, keypoints, strict=True):
         if not len(found):
@@ -520,7 +564,7 @@ def demo(options: argparse.Namespace) -> None:
     """Serve the page until interrupted."""
     from importlib.util import module_from_spec, spec_from_file_location
 
-    from .hub import CARDS, registered_checkpoints
+    from .checkpoints import CARDS, registered_checkpoints
 
     if not (options.reid or options.descriptor):
         trained = ', '.join(registered_checkpoints()) or 'none yet'
@@ -540,58 +584,36 @@ def demo(options: argparse.Namespace) -> None:
     app.launch(page, server_name='127.0.0.1', server_port=options.port)
 
 
-def _load_model(name: str, seed: int | None = None):
-    """The folder of a run, hf-hub:owner/name, or a name whose weights are known; untrained where a seed is given."""
-    from pathlib import Path
-
-    import timm
-    import torch
-
-    import csa_zoo  # noqa: F401
-
-    from .hub import check_repository
-
-    if name.startswith('hf-hub:'):
-        check_repository(name.removeprefix('hf-hub:'))
-    elif (Path(name) / 'config.json').is_file():
-        name = f'local-dir:{name}'
-    elif seed is None and timm.is_model(name) and not timm.models.is_model_pretrained(name):
-        raise ValueError(f'{name} has no trained weights yet: give the folder of a run, or hf-hub:owner/name')
-    if seed is not None:
-        torch.manual_seed(seed)
-    return timm.create_model(name, pretrained=seed is None).eval()
-
-
 def _embed(options: argparse.Namespace):
-    """The model that the options name, the data set, its images, and their embeddings."""
+    """The model that the options name, the data set, the images of query and gallery, and their embeddings."""
     from pathlib import Path
 
     import yaml
     from accelerate import Accelerator
 
-    import csa_zoo  # noqa: F401
-
+    from .checkpoints import load_model
     from .data import cache_splits, load_reid
     from .evaluation.people import describe_colours, embed_people
     from .recipes import RECIPE_FILE
     from .runs import keep_freed_memory
 
-    folder = Path(options.model)
-    recipe = yaml.safe_load((folder / RECIPE_FILE).read_text()) if (folder / RECIPE_FILE).is_file() else {}
+    file = Path(options.model) / RECIPE_FILE
+    recipe = yaml.safe_load(file.read_text()) if file.is_file() else {}
     if not (options.data or recipe.get('data')):
-        raise ValueError(f'{options.model} does not say which data to evaluate on: give --data and --root')
+        raise ValueError(f'{options.model} is no run that says which data to evaluate on: give --data and --root')
     own = options.data in (None, recipe.get('data'))
     data = load_reid(
         options.data or recipe['data'],
         options.root or (recipe.get('root') if own else None),
         **(recipe.get('data_options', {}) if own and not options.root else {}),
     )
+    data.pop('train')
     if options.model == 'colour-histograms':
         images = cache_splits(data, options.image_size or (128, 64))
         return None, data, images, describe_colours(data, images)
     accelerator = Accelerator()
     keep_freed_memory(accelerator)
-    model = _load_model(options.model, options.untrained).to(accelerator.device)
+    model = load_model(options.model, 3, options.untrained).to(accelerator.device)
     images = cache_splits(data, options.image_size or model.pretrained_cfg['input_size'][1:])
     return model, data, images, embed_people(model, data, images, accelerator, options.batch_size)
 

@@ -1,11 +1,9 @@
-"""The Hugging Face Hub: a run's model card, publishing the run, checking a repository, the list of checkpoints.
+"""The Hugging Face Hub: a run's model card, and publishing the run.
 
 Loading needs nothing from here: after `import csa_zoo`, `timm.create_model('hf-hub:owner/name', pretrained=True)`.
 The card's metadata follow https://huggingface.co/docs/hub/model-cards, results are in its `model-index`.
 """
 
-import hashlib
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -16,23 +14,15 @@ from typing import Any, NamedTuple
 import timm
 import torch
 import yaml
-from huggingface_hub import (
-    CommitOperationAdd,
-    EvalResult,
-    HfApi,
-    ModelCard,
-    ModelCardData,
-    constants,
-    get_token,
-    hf_hub_download,
-)
-from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError
+from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, ModelCardData, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .attention import CompressedSelfAttention
+from .checkpoints import CARDS, CONFIG, WEIGHTS, check_weights, model_without_memory, read_json, registered_checkpoints
 from .recipes import RECIPE_FILE
 from .runs import CURVES, METRICS
 from .version import __version__
@@ -42,11 +32,10 @@ try:
 except ImportError:  # before 1.31
     import httpx
 
-WEIGHTS, CONFIG, CARD = 'model.safetensors', 'config.json', 'README.md'
+CARD = 'README.md'
 REQUIRED = (WEIGHTS, CONFIG, METRICS, RECIPE_FILE)
 FIGURES = (CURVES, 'attention.png')  # ranked lists are pictures of many people: they stay at home
-CARDS = Path(__file__).parent.parent / 'hub_cards'  # beside the package, in a checkout and installed
-TEMPLATE, CHECKPOINTS = CARDS / 'card.md', CARDS / 'checkpoints.json'
+TEMPLATE = CARDS / 'card.md'
 
 DATA_SETS = {
     'market1501': 'Market-1501',
@@ -60,7 +49,6 @@ DATA_SETS = {
 }
 PATCH_METRICS = 'patches.json'  # of csa-zoo evaluate --patches
 DATA_NOTES = 'DATA.md'  # the publisher's words on the training data: sources, licences, attribution
-KEY_METRICS = ('rank1', 'matching', 'fpr95')
 METRIC_NAMES = {
     'mAP': 'mAP',
     'mAP_market': "mAP (Market-1501's, by trapezoids)",
@@ -100,18 +88,6 @@ TASKS = {
         'sequences cut from the photographs. A tie counts against the model.',
     ),
 }
-
-
-class Checkpoint(NamedTuple):
-    """An entry of `hub_cards/checkpoints.json`: trained weights of the zoo, and what they must be.
-
-    Attributes:
-        source: A file's name beside the models, or `owner/name@commit` on the Hub.
-        sha256: Of the safetensors file, in hexadecimal.
-    """
-
-    source: str
-    sha256: str
 
 
 class RunFiles(NamedTuple):
@@ -272,7 +248,7 @@ def render_card(run: str | Path, repo_id: str, license: str | None = None) -> Mo
     folder = Path(run)
     config, metrics, recipe = files = _read_run(folder)
     check_weights(folder)
-    model, task = _model_without_memory(folder), TASKS[metrics['task']]
+    model, task = model_without_memory(folder), TASKS[metrics['task']]
     name, cfg, base_model = repo_id.split('/')[-1], model.pretrained_cfg, _base_model(files)
     has_csa = any(isinstance(module, CompressedSelfAttention) for module in model.modules())
     results, is_reid = _results(files), metrics['task'] == REID
@@ -326,7 +302,7 @@ def _read_run(folder: Path) -> RunFiles:
             raise FileNotFoundError(
                 f'{folder} has no {name}: publish the folder of a finished run; --resume finishes one that was stopped'
             )
-    config, metrics = (_read_json(folder / name) for name in (CONFIG, METRICS))
+    config, metrics = (read_json(folder / name) for name in (CONFIG, METRICS))
     recipe = yaml.safe_load((folder / RECIPE_FILE).read_text(encoding='utf-8'))
     if (folder / PATCH_METRICS).is_file():
         metrics['metrics'] = {**metrics['metrics'], **_patch_results(folder / PATCH_METRICS)}
@@ -352,20 +328,10 @@ def _patch_results(path: Path) -> dict[str, float]:
     """The model's main figures in what `csa-zoo evaluate --patches` wrote, which names the model first."""
     return {
         f'{metric} on {source}' if metric != 'fpr95' else f'fpr95_{source}': value
-        for source, measured in _read_json(path).items()
+        for source, measured in read_json(path).items()
         for metric, value in next(iter(measured.values())).items()
         if metric in METRIC_NAMES
     }
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as error:
-        raise ValueError(f'{path} is damaged: {error}') from error
-    if not isinstance(content, dict):
-        raise ValueError(f'{path} is damaged: it holds a {type(content).__name__}, not a dictionary')
-    return content
 
 
 def _results(files: RunFiles) -> list[EvalResult]:
@@ -434,158 +400,6 @@ def _multiply_adds(model: nn.Module, input_size: tuple[int, int, int]) -> int:
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         model.eval().forward_head(model.forward_features(torch.empty(1, *input_size, device='meta')), pre_logits=True)
     return counter.get_total_flops() // 2
-
-
-def check_repository(repo_id: str, revision: str | None = None, token: str | None = None) -> str:
-    """Download a repository's config and weights, and make sure that they fit, before anything is built from them.
-
-    What is downloaded is in the cache when timm looks for it. Only `config.json` and `model.safetensors` are ever
-    asked for.
-
-    Args:
-        repo_id: `owner/name`.
-        revision: Branch, tag or commit; the newest of the main branch if None.
-        token: The Hub's access token, for a private repository.
-
-    Returns:
-        The commit that was checked, to load that and no other: `hf-hub:owner/name@commit`.
-
-    Raises:
-        ValueError: If the repository has no safetensors, or they are damaged or not this architecture's, or not the
-            ones that the zoo's list of checkpoints has for this commit.
-    """
-    try:
-        config = Path(hf_hub_download(repo_id, CONFIG, revision=revision, token=token))
-        commit = config.parent.name
-        hf_hub_download(repo_id, WEIGHTS, revision=commit, token=token)
-    except RemoteEntryNotFoundError as error:
-        raise ValueError(f'{repo_id} lacks {CONFIG} or {WEIGHTS}; weights in any other format are not read') from error
-    for name, checkpoint in read_checkpoints().items():
-        if checkpoint.source == f'{repo_id}@{commit}':
-            _check_sha256(config.parent / WEIGHTS, checkpoint.sha256, name)
-    check_weights(config.parent)
-    return commit
-
-
-def check_weights(folder: str | Path) -> None:
-    """Make sure that `model.safetensors` is complete and fits `config.json`, without reading or allocating a tensor.
-
-    The names and shapes in the file's header are compared with those of the model, built on PyTorch's meta device.
-
-    Args:
-        folder: With both files: a run, or a downloaded repository.
-
-    Raises:
-        FileNotFoundError: If one of the files is missing.
-        ValueError: If a file is damaged, the architecture is unknown, or a weight is missing, too many or of another
-            shape.
-    """
-    folder = Path(folder)
-    path = folder / WEIGHTS
-    try:
-        with safe_open(path, 'pt') as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f'{path} is damaged or no safetensors file, get it again: {error}') from error
-    wanted = {name: tuple(tensor.shape) for name, tensor in _model_without_memory(folder).state_dict().items()}
-    problems = [f'{name} is missing' for name in wanted.keys() - found.keys()]
-    problems += [f'{name} is not of this architecture' for name in found.keys() - wanted.keys()]
-    problems += [
-        f'{name} is {found[name]} in the file and {wanted[name]} in the model'
-        for name in wanted.keys() & found.keys()
-        if found[name] != wanted[name]
-    ]
-    if problems:
-        more = f', and {len(problems) - 3} more' if len(problems) > 3 else ''
-        raise ValueError(f'{path} does not fit {folder / CONFIG}: {"; ".join(sorted(problems)[:3])}{more}')
-
-
-def registered_checkpoints() -> dict[str, timm.models.PretrainedCfg]:
-    """The zoo's own trained weights by `name.tag`, as timm's registry has them; without timm's ImageNet backbones."""
-    return {
-        name: config
-        for architecture in timm.list_models()
-        if timm.models.model_entrypoint(architecture).__module__.startswith('csa_zoo.')
-        for name, config in timm.models.get_arch_pretrained_cfgs(architecture).items()
-        if config.has_weights and not (config.hf_hub_id or '').startswith('timm/')
-    }
-
-
-def read_checkpoints(path: str | Path = CHECKPOINTS) -> dict[str, Checkpoint]:
-    """The list of checkpoints by `name.tag`.
-
-    Raises:
-        ValueError: If the file is damaged, or an entry has other fields.
-    """
-    try:
-        return {name: Checkpoint(**entry) for name, entry in _read_json(Path(path)).items()}
-    except TypeError as error:
-        raise ValueError(f'{path}: every entry has a source and a sha256: {error}') from error
-
-
-def check_checkpoints(
-    listed: Mapping[str, Checkpoint], registered: Mapping[str, timm.models.PretrainedCfg]
-) -> list[str]:
-    """Compare the list of checkpoints with the registry, and files on this machine with their SHA-256.
-
-    A repository is not contacted; its file is compared when `check_repository` has downloaded it.
-
-    Returns:
-        What is wrong, a sentence each.
-    """
-    problems = [f'{name} is registered and not listed' for name in registered.keys() - listed.keys()]
-    problems += [f'{name} is listed and not registered' for name in listed.keys() - registered.keys()]
-    for name in listed.keys() & registered.keys():
-        config, checkpoint = registered[name], listed[name]
-        source = Path(config.file).name if config.file else config.hf_hub_id
-        if source != checkpoint.source:
-            problems.append(f'{name} comes from {source} in the registry and from {checkpoint.source} in the list')
-        elif config.file:
-            try:
-                _check_sha256(Path(config.file), checkpoint.sha256, name)
-            except (OSError, ValueError) as error:
-                problems.append(str(error))
-        elif not re.fullmatch(r'[^/@]+/[^/@]+@[0-9a-f]{40}', source or ''):
-            problems.append(f'{name} must come from a file or from owner/name@commit, not from {source}')
-    return sorted(problems)
-
-
-def _check_sha256(path: Path, wanted: str, name: str) -> None:
-    digest = hashlib.sha256()
-    with path.open('rb') as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if digest.hexdigest() != wanted:
-        raise ValueError(
-            f'{path} is not the checkpoint {name}: its SHA-256 is {digest.hexdigest()}, in {CHECKPOINTS.name} {wanted}'
-        )
-
-
-def key_metric(name: str) -> str | None:
-    """The main result of a registered checkpoint, from its card; None if there is no card or no such result.
-
-    Args:
-        name: `name.tag`.
-    """
-    path = CARDS / f'{name}.md'
-    if not path.is_file():
-        return None
-    for result in ModelCard.load(path).data.eval_results or []:
-        if result.metric_type in KEY_METRICS:
-            return f'{result.metric_type} {100 * result.metric_value:.1f} % ({result.dataset_name})'
-    return None
-
-
-def _model_without_memory(folder: Path) -> nn.Module:
-    """The model that `config.json` describes, on the meta device."""
-    architecture = _read_json(folder / CONFIG).get('architecture')
-    if not isinstance(architecture, str) or not timm.is_model(architecture):
-        raise ValueError(f'{folder / CONFIG} names the architecture {architecture!r}, which timm does not know')
-    try:
-        with torch.device('meta'):
-            return timm.create_model(f'local-dir:{folder}', pretrained=False)
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f'{folder / CONFIG}: {architecture} cannot be built from it: {error}') from error
 
 
 def _check_finite(path: Path) -> None:

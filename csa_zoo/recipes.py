@@ -7,6 +7,7 @@ from argparse import ArgumentParser as PlainParser
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+import timm
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
@@ -114,6 +115,23 @@ def recipe_as_yaml(recipe: Any) -> str:
     """A recipe as YAML that `--config` reads back."""
     values = {name: getattr(recipe, name) for name in recipe.__dataclass_fields__}
     return yaml.safe_dump(json.loads(json.dumps(values)), sort_keys=False)  # by JSON, for plain lists and numbers
+
+
+def check_architecture(name: str, family: str) -> None:
+    """Make sure that a recipe's model is one that its script can train.
+
+    Args:
+        name: Of the model, with or without the tag of its weights.
+        family: Module that registers the models that are meant: `pcb` or `l2net`.
+
+    Raises:
+        ValueError: If it is not; names those that are.
+    """
+    known = timm.list_models(module=family)
+    if name not in known and name not in timm.list_pretrained():
+        raise ValueError(f'--model {name}: there is no such model; choose from {", ".join(known)}')
+    if name.split('.')[0] not in known:
+        raise ValueError(f'--model {name}: this script trains {", ".join(known)}')
 
 
 def model_arguments(recipe: Any) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The command line on tiny data, as a user types it."""
 
 import csv
+import json
 
 import pytest
 import timm
@@ -73,7 +74,7 @@ def test_errors_are_one_line(capsys):
     with pytest.raises(SystemExit) as exit_:
         main(['evaluate', 'resnet18_pcb_csa'])
     assert exit_.value.code == 1
-    assert capsys.readouterr().err.startswith('csa-zoo: resnet18_pcb_csa does not say which data')
+    assert capsys.readouterr().err.startswith('csa-zoo: resnet18_pcb_csa is no run that says which data')
 
 
 def test_patches_of_one_name_are_refused(capsys):
@@ -94,3 +95,41 @@ def test_help_shows_an_example(verb, capsys):
         main([*verb.split(), '--help'])
     assert exit_.value.code == 0
     assert f'example: csa-zoo {verb}' in ' '.join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ('command', 'message'),
+    [
+        ('evaluate nowhere', 'nowhere is no run that says which data'),
+        ('evaluate nowhere --patches scikit-image', 'nowhere is no folder, no hf-hub:owner/name and no model'),
+        ('evaluate resnet18_pcb --patches scikit-image', 'takes images of 3 channels, not of 1'),
+        ('evaluate l2net_hardnet_csa --patches nowhere', 'nowhere does not exist'),
+        ('evaluate l2net_hardnet_csa --patches scikit-image --rerank', '--rerank: for person re-identification'),
+        ('evaluate l2net_hardnet_csa --data pedestrians --root {people}', 'takes images of 1 channels, not of 3'),
+        ('match nowhere.jpg nowhere.jpg', 'no photograph nowhere.jpg'),
+        ('data check nowhere', None),
+        ('list nothing*', "no model of the zoo matches 'nothing*'"),
+        ('benchmark --attention csa-g3 --model l2net_hardnet --sides', 'no attention fits l2net_hardnet'),
+        ('benchmark --rounds 0', 'argument --rounds: must be at least 1, got 0'),
+    ],
+)
+def test_mistakes_are_told(command, message, pedestrians, capsys):
+    arguments = command.format(people=pedestrians).split()
+    if message is None:
+        assert main(arguments) == 1
+        assert 'problem: nowhere does not exist' in capsys.readouterr().out
+        return
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code in (1, 2)
+    assert message in capsys.readouterr().err
+
+
+def test_evaluate_writes_figures(run, tmp_path, monkeypatch):
+    monkeypatch.setenv('CSA_ZOO_CACHE', str(tmp_path / 'cache'))
+    file = tmp_path / 'new' / 'figures.json'
+    assert main(['evaluate', str(run), '--rerank', '--camera-pairs', '--json', str(file)]) == 0
+    figures = json.loads(file.read_text())
+    low, high = figures['intervals']['rank1']
+    assert low <= figures['metrics']['rank1'] <= high
+    assert figures.keys() == {'metrics', 'intervals', 'verification', 'reranked', 'camera_pairs'}

@@ -259,7 +259,7 @@ def full_attention(module, x):
 
 def test_attention_of_the_position_that_was_clicked(page, app, reid, people):
     path = sorted(people.glob('*.jpg'))[0]
-    picture, model = Image.open(path), app.load_model(str(reid), 3)
+    picture, model = Image.open(path), app.load_trained(str(reid), 3)
     inputs = []
     model.layer1.csa.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     image = timm.data.create_transform(**timm.data.resolve_model_data_config(model))(picture)
@@ -283,7 +283,7 @@ def test_attention_of_the_position_that_was_clicked(page, app, reid, people):
 def test_attention_of_a_descriptor_in_a_picture(app, tmp_path):
     run = make_run(tmp_path / 'run')
     picture = Image.effect_noise((50, 40), 90)
-    ((drawn, caption),) = app.show_attention(app.load_model(str(run), 1), picture.convert('RGB'), (0.99, 0))
+    ((drawn, caption),) = app.show_attention(app.load_trained(str(run), 1), picture.convert('RGB'), (0.99, 0))
     assert caption == 'layer3.csa, group 1, 16×16' and drawn.size == (480, 384)
 
 
@@ -325,7 +325,7 @@ def test_the_space_installs_what_the_package_needs():
 )
 def test_models_that_are_not_trained_or_not_fit(app, descriptor, tmp_path, name, channels, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        app.load_model(name.format(run=descriptor, empty=tmp_path), channels)
+        app.load_trained(name.format(run=descriptor, empty=tmp_path), channels)
 
 
 def test_a_gallery_without_images(app, tmp_path):

@@ -27,17 +27,16 @@ from safetensors.torch import load, load_file, save_file
 from test_train import load_script
 from timm.models import PretrainedCfg
 
-from csa_zoo.hub import (
+from csa_zoo.checkpoints import (
     Checkpoint,
     check_checkpoints,
     check_repository,
     check_weights,
     key_metric,
-    publish,
     read_checkpoints,
     registered_checkpoints,
-    render_card,
 )
+from csa_zoo.hub import publish, render_card
 
 REPO = 'me/l2net_hardnet_csa.test'
 
@@ -410,16 +409,16 @@ def test_a_listed_checkpoint_is_compared_with_its_hash(hub, run, monkeypatch):
     right = hashlib.sha256((run / 'model.safetensors').read_bytes()).hexdigest()
     for sha256, revision in ((right, commit), (64 * '0', 40 * '0')):  # another commit of it is not in the list
         listed = {'l2net_hardnet_csa.test': Checkpoint(f'{REPO}@{revision}', sha256)}
-        monkeypatch.setattr('csa_zoo.hub.read_checkpoints', lambda listed=listed: listed)
+        monkeypatch.setattr('csa_zoo.checkpoints.read_checkpoints', lambda listed=listed: listed)
         assert check_repository(REPO) == commit
     listed = {'l2net_hardnet_csa.test': Checkpoint(f'{REPO}@{commit}', 64 * '0')}
-    monkeypatch.setattr('csa_zoo.hub.read_checkpoints', lambda: listed)
+    monkeypatch.setattr('csa_zoo.checkpoints.read_checkpoints', lambda: listed)
     with pytest.raises(ValueError, match=f'is not the checkpoint l2net_hardnet_csa.test: its SHA-256 is {right}'):
         check_repository(REPO)
 
 
 def test_key_metric_is_the_card_s(run, tmp_path, monkeypatch):
-    monkeypatch.setattr('csa_zoo.hub.CARDS', tmp_path)
+    monkeypatch.setattr('csa_zoo.checkpoints.CARDS', tmp_path)
     assert key_metric('l2net_hardnet_csa.test') is None
     render_card(run, REPO).save(tmp_path / 'l2net_hardnet_csa.test.md')
     assert key_metric('l2net_hardnet_csa.test') == 'fpr95 1.2 % (liberty)'

@@ -155,7 +155,7 @@ def test_impossible_requests(photos, tmp_path, monkeypatch):
         cache_images(photos, (16, 8), cache_dir=tmp_path)
 
 
-def test_splits_share_one_array_and_one_error(photos, tmp_path):
+def test_splits_share_one_error(photos, tmp_path):
     lines = ['path,person_id,camera_id,split']
     splits = ['train', 'query', 'gallery', 'train', 'query', 'gallery', 'gallery', 'train']
     lines += [f'{path},{number % 3},1,{split}' for number, (path, split) in enumerate(zip(photos, splits, strict=True))]

@@ -383,9 +383,9 @@ class TestVerificationPairs:
         assert of_large.sum() < 6  # drawn by patches or by pairs, all ten would be of the large point
 
     def test_invalid(self):
-        with pytest.raises(ValueError, match='count is 8, but it must be even, from 2 to 6'):
+        with pytest.raises(ValueError, match='8 pairs of this set: their number must be even, from 2 to 6'):
             verification_pairs(random_set(3, 1), 8)
-        with pytest.raises(ValueError, match='count is 3'):
+        with pytest.raises(ValueError, match='3 pairs'):
             verification_pairs(random_set(3, 3), 3)
 
 

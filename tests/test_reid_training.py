@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from accelerate import debug_launcher
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 
@@ -352,3 +353,31 @@ def test_every_command_of_the_readme_parses():
                 assert list(model.attn_stages) == [int(stage) - 1 for stage in re.findall(r'\d', name)]
     default = recipes['market1501', '1', 'PCB + CSA']
     assert (default.epochs, default.decay_epochs, default.weight_decay, default.batch_size) == (100, 40, 1e-4, 64)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['--model=l2net_hardnet'], 'this script trains resnet18_pcb'),
+        (['--model=resnet18_pbc'], 'there is no such model; choose from'),
+        (['--attn_kwargs={"num_map": 2}', '--model=resnet18_pcb_csa'], '--attn_kwargs or --model_args: .*num_map'),
+        (['--data_options={"num_people": 8}'], '--data_options: .*num_people'),
+    ],
+)
+def test_mistakes_are_told_before_training(arguments, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        train(*TINY, f'--output={tmp_path}', *arguments)
+
+
+def test_data_of_one_camera_is_refused_before_training(tmp_path):
+    lines = ['path,person_id,camera_id,split']
+    lines += [f'{split}{person}.jpg,{person},1,{split}' for split in ('train', 'query', 'gallery') for person in (1, 2)]
+    table = tmp_path / 'people.csv'
+    table.write_text('\n'.join(lines))
+    for line in lines[1:]:
+        Image.new('RGB', (24, 48)).save(tmp_path / line.split(',')[0])
+    command = [sys.executable, str(SCRIPT), '--data=csv', f'--root={table}', f'--output={tmp_path / "run"}']
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith('train/reid.py: none of 2 queries has an image of its person')
+    assert 'Traceback' not in done.stderr

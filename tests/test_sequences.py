@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 import csa_zoo  # noqa: F401
+from csa_zoo.checkpoints import registered_checkpoints
 from csa_zoo.data.hpatches import PATCH_TYPES, STRIP_WIDTH
 from csa_zoo.data.pairs import MixedBatches, PairBatches
 from csa_zoo.data.patches import PatchSet
@@ -15,7 +16,6 @@ from csa_zoo.data.phototour import save_phototour
 from csa_zoo.data.sequences import cut_sequences
 from csa_zoo.evaluation.descriptors import describe_with, descriptor_metrics
 from csa_zoo.evaluation.sift import sift_descriptors
-from csa_zoo.hub import registered_checkpoints
 
 pytest.importorskip('cv2')
 

@@ -31,7 +31,8 @@ from csa_zoo.data.photographs import bundled_photographs, cut_photographs
 from csa_zoo.data.phototour import load_phototour
 from csa_zoo.evaluation.descriptors import BUNDLED, by_name, describe_with, verification_fpr95, with_pairs
 from csa_zoo.losses import HardNetLoss, RALLoss
-from csa_zoo.recipes import RecipeParser, model_arguments
+from csa_zoo.mistakes import naming, told_in_a_line
+from csa_zoo.recipes import RecipeParser, check_architecture, model_arguments
 from csa_zoo.runs import Run, keep_freed_memory, use_all_cores
 
 DEFAULT_RECIPE = Path(__file__).parent / 'recipes' / 'photographs.yaml'
@@ -98,6 +99,7 @@ class Recipe:
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Train as the command line says; returns the metrics that it writes."""
     recipe, launch = RecipeParser(Recipe, __doc__, DEFAULT_RECIPE).parse_recipe(argv)
+    check_architecture(recipe.model, 'l2net')
     accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
     use_all_cores(accelerator)
     keep_freed_memory(accelerator)
@@ -106,7 +108,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     batches = training_batches(recipe, accelerator)
     tests = test_sets(recipe)
     model_args = model_arguments(recipe)
-    model = timm.create_model(recipe.model, **model_args)
+    with naming('--attn_kwargs or --model_args'):
+        model = timm.create_model(recipe.model, **model_args)
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if accelerator.num_processes > 1 and accelerator.device.type == 'cuda':
@@ -148,11 +151,13 @@ def training_batches(recipe: Recipe, accelerator: Accelerator) -> PairBatches | 
     """The patches to train on, on the device, and how batches are drawn from them.
 
     Raises:
-        ValueError: If shares do not sum to 1, or are not one for each source.
+        ValueError: If shares do not sum to 1 or are not one for each source, or an epoch has no batch.
     """
     shares = recipe.train_shares
     if shares and (len(shares) != len(recipe.train) or abs(sum(shares) - 1) > 1e-6):
         raise ValueError(f'train_shares {shares} must sum to 1 and be one for each of {recipe.train}')
+    if recipe.pairs_per_epoch < recipe.batch_size:
+        raise ValueError(f'pairs_per_epoch is {recipe.pairs_per_epoch}, less than one batch of {recipe.batch_size}')
     with accelerator.main_process_first():  # the others find the cache
         sets = [load_patches(source, 'train', recipe) for source in recipe.train]
     if not shares:
@@ -176,11 +181,21 @@ def training_batches(recipe: Recipe, accelerator: Accelerator) -> PairBatches | 
 
 
 def test_sets(recipe: Recipe) -> dict[str, PatchSet]:
-    """Patch sets with verification pairs, by name."""
-    return {
-        name: with_pairs(load_patches(source, 'test', recipe), recipe.test_pairs)
-        for name, source in by_name(recipe.test).items()
-    }
+    """Patch sets with verification pairs, by name.
+
+    Raises:
+        ValueError: If one is trained on, or has too few patches for the pairs.
+    """
+    trained_on = {Path(source).resolve() for source in recipe.train if source != BUNDLED}  # which has both
+    sets = {}
+    for name, source in by_name(recipe.test).items():
+        if Path(source).resolve() in trained_on:
+            raise ValueError(f'{source} is in --train and in --test: test on patches that are not trained on')
+        try:
+            sets[name] = with_pairs(load_patches(source, 'test', recipe), recipe.test_pairs)
+        except ValueError as error:
+            raise ValueError(f'--test {source} with --test_pairs {recipe.test_pairs}: {error}') from error
+    return sets
 
 
 def load_patches(source: str, split: str, recipe: Recipe) -> PatchSet:
@@ -234,7 +249,8 @@ def train_epoch(
             if not torch.isfinite(total):
                 raise FloatingPointError(
                     f'the loss is {total.item()} in epoch {epoch + 1}: lower --learning_rate or '
-                    '--attn_learning_rate_scale; the state after the last epoch is kept for --resume'
+                    '--attn_learning_rate_scale'
+                    + ('; the state after the epoch before is kept for --resume' if epoch else '')
                 )
     return total.item() / len(batches)
 
@@ -272,4 +288,5 @@ def report(accelerator: Accelerator, run: Run, recipe: Recipe) -> dict[str, floa
 
 
 if __name__ == '__main__':
-    main()
+    with told_in_a_line('train/descriptor.py'):
+        main()

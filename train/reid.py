@@ -30,10 +30,11 @@ from tqdm.auto import tqdm
 
 from csa_zoo.data import load_reid
 from csa_zoo.data.images import PersonBatches, cache_splits, normalize, train_labels
-from csa_zoo.evaluation.people import embed_people
+from csa_zoo.evaluation.people import embed_people, people_labels
 from csa_zoo.losses import PartLoss
+from csa_zoo.mistakes import naming, told_in_a_line
 from csa_zoo.models import PCB
-from csa_zoo.recipes import RecipeParser, model_arguments
+from csa_zoo.recipes import RecipeParser, check_architecture, model_arguments
 from csa_zoo.runs import Run, finished_epochs, keep_freed_memory, use_all_cores
 
 DEFAULT_RECIPE = Path(__file__).parent / 'recipes' / 'pedestrians.yaml'
@@ -122,27 +123,32 @@ class Recipe:
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Train as the command line says; returns the metrics that it writes."""
     recipe, launch = RecipeParser(Recipe, __doc__, DEFAULT_RECIPE).parse_recipe(argv)
+    check_architecture(recipe.model, 'pcb')
     accelerator = make_accelerator(recipe)
     use_all_cores(accelerator)
     keep_freed_memory(accelerator)
     set_seed(recipe.seed)
 
     with accelerator.main_process_first():  # the others find the cache
-        data = load_reid(recipe.data, recipe.root, **recipe.data_options)
+        with naming('--data_options'):
+            data = load_reid(recipe.data, recipe.root, **recipe.data_options)
+        labels = train_labels(data['train'])
+        people_labels(data)  # what cannot be evaluated is not trained on
         images = cache_splits(data, recipe.image_size)
-    labels = train_labels(data['train'])
     batches = training_batches(images['train'], labels, recipe, accelerator)
     model_args = model_arguments(recipe)
-    model = timm.create_model(
-        recipe.model, pretrained=recipe.pretrained, num_classes=int(labels.max()) + 1, **model_args
-    )
+    with naming('--attn_kwargs or --model_args'):
+        model = timm.create_model(
+            recipe.model, pretrained=recipe.pretrained, num_classes=int(labels.max()) + 1, **model_args
+        )
     trainer = Trainer(accelerator, model, batches, recipe)
     trainer.begin(stage_of(recipe, max(0, finished_epochs(launch.resume) - 1)))  # the one that the state is from
 
     set_seed(recipe.seed, device_specific=True)  # dropout differs between processes, initial weights did not
     run = Run.open(accelerator, recipe, launch, trainer.optimizer)
     accelerator.print(
-        f'Training {recipe.model} on {recipe.data}: {len(labels)} images of {model.num_classes} people, '
+        f'Training {recipe.model} on {recipe.data}: {len(labels)} images of {model.num_classes} people at '
+        f'{recipe.image_size[0]}x{recipe.image_size[1]}, '
         f'{recipe.epochs} epochs of {trainer.updates} batches of {recipe.batch_size} on '
         f'{accelerator.num_processes} x {accelerator.device.type}.\n'
         f'Writing to {run.folder}; if this is interrupted, continue with --resume {run.folder}'
@@ -342,8 +348,8 @@ class Trainer:
                 bar.set_postfix(loss=f'{loss:.3f}', acc=f'{accuracy:.3f}')
                 if not math.isfinite(loss):
                     raise FloatingPointError(
-                        f'the loss is {loss} in epoch {epoch + 1}: lower --learning_rate or warm up; the state after '
-                        'the last epoch is kept for --resume'
+                        f'the loss is {loss} in epoch {epoch + 1}: lower --learning_rate or warm up'
+                        + ('; the state after the epoch before is kept for --resume' if epoch else '')
                     )
         for buffer in self.averaged().buffers():
             broadcast(buffer)  # batch statistics are each process's own; those of the first are kept
@@ -398,4 +404,5 @@ def report(accelerator: Accelerator, run: Run, recipe: Recipe) -> dict[str, floa
 
 
 if __name__ == '__main__':
-    main()
+    with told_in_a_line('train/reid.py'):
+        main()

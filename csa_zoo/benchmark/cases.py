@@ -280,9 +280,14 @@ def compare_networks(
         rounds: Timings of each.
         batch_size: Images in a batch.
         progress: Called after each timing.
+
+    Raises:
+        ValueError: If no attention fits the network, or an output is not finite.
     """
     images = setting.random((batch_size, *network.shape), torch.float32 if setting.autocast else None)
     fitting, skipped = _fitting(attentions, network.stage_shapes)
+    if not fitting:
+        raise ValueError(f'no attention fits {network.name}: {skipped}')
     subjects = {}
     for name, make in fitting.items():
         model = create_network(network.name, network.shape[1:])

@@ -107,20 +107,29 @@ def cache_images(
 
 
 def cache_splits(data: datasets.DatasetDict, size: tuple[int, int], **options: Any) -> dict[str, np.ndarray]:
-    """`cache_images` for all splits of `load_reid` as one array, so that broken images of any split are named at once.
+    """`cache_images` for each split of `load_reid`; broken images of all of them are named at once.
 
     Args:
-        data: Splits with a column path.
+        data: Splits with a column path. One may be empty.
         size: Height and width.
         **options: As for `cache_images`.
 
     Returns:
         (N, H, W, 3) uint8 for each split.
     """
-    paths = {split: rows['path'][:] for split, rows in data.items()}
-    images = cache_images([path for split in paths.values() for path in split], size, **options)
-    ends = np.cumsum([len(split) for split in paths.values()])
-    return dict(zip(paths, np.split(images, ends[:-1]), strict=True))
+    images, broken = {}, {}
+    for split, rows in data.items():
+        try:
+            images[split] = cache_images(rows['path'][:], size, **options) if len(rows) else _no_images(size)
+        except BrokenImagesError as error:
+            broken.update(error.broken)
+    if broken:
+        raise BrokenImagesError(broken, sum(map(len, data.values())))
+    return images
+
+
+def _no_images(size: tuple[int, int]) -> np.ndarray:
+    return np.empty((0, *size, 3), np.uint8)
 
 
 def num_cores() -> int:

@@ -142,7 +142,7 @@ def verification_pairs(patch_set: PatchSet, count: int, seed: int = 0) -> PatchP
     matching = int((members.counts * (members.counts - 1) // 2).sum())
     available = min(matching, size * (size - 1) // 2 - matching)
     if count < 2 or count % 2 or half > available:
-        raise ValueError(f'count is {count}, but it must be even, from 2 to {2 * available} for this set')
+        raise ValueError(f'{count} pairs of this set: their number must be even, from 2 to {2 * available}')
     generator = seeded_generator('cpu', seed)
 
     def draw_matching(number: int) -> Tensor:

@@ -171,6 +171,7 @@ def read_grey(path: Path, max_side: int) -> np.ndarray:
     """A photograph as (H, W) uint8, turned as its EXIF says, its longer side at most `max_side` pixels.
 
     Raises:
+        FileNotFoundError: If there is no such file.
         ValueError: If the file is no complete image, or holds numbers that are not grey levels.
     """
     try:
@@ -182,6 +183,8 @@ def read_grey(path: Path, max_side: int) -> np.ndarray:
                 raise ValueError(f'{path} holds {image.mode}-type numbers without a range: save it with 8 or 16 bits')
             else:
                 grey = np.asarray(image.convert('L'))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f'no photograph {path}') from error
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f'{path} cannot be decoded ({error}): repair it or leave it out') from error
     scale = max_side / max(grey.shape)

@@ -89,6 +89,8 @@ def check_reid(name: str | None, root: str | Path, **options: Any) -> ReidReport
         TypeError: If the set has no such option.
     """
     if name is None:
+        if not Path(root).expanduser().exists():
+            return ReidReport(None, f'Person re-identification sets in {root}', problems=[f'{root} does not exist'])
         found = detect_reid(root)
         if len(found) != 1:
             return _undetected(root, found)

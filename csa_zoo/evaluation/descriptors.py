@@ -68,11 +68,15 @@ def by_name(sources: Sequence[str]) -> dict[str, str]:
     """Sources by the names that their results go by.
 
     Raises:
+        FileNotFoundError: If one is not there.
         ValueError: If two have one name, of which one's results would be lost.
     """
     named = {Path(source).name: source for source in sources}
     if len(named) < len(sources):
         raise ValueError(f'results go by the names of folders, and two of {", ".join(sources)} have one: rename it')
+    for source in sources:
+        if source != BUNDLED and not Path(source).exists():
+            raise FileNotFoundError(f'{source} does not exist: give a folder, or {BUNDLED} for its photographs')
     return named
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from ..data.images import normalize
 from .colours import colour_histograms
 from .embedding import embed
-from .retrieval import QueryResults, RankedLists, ranked_lists, reid_per_query
+from .retrieval import QueryResults, RankedLists, check_labels, ranked_lists, reid_per_query
 
 
 class PeopleEvaluation(NamedTuple):
@@ -32,12 +32,7 @@ class PeopleEvaluation(NamedTuple):
     @classmethod
     def of(cls, query: torch.Tensor, gallery: torch.Tensor, data: datasets.DatasetDict) -> 'PeopleEvaluation':
         """With the labels of a set from `load_reid`."""
-        columns = [
-            np.asarray(data[split][column][:])
-            for column in ('person_id', 'camera_id')
-            for split in ('query', 'gallery')
-        ]
-        return cls(query, gallery, tuple(columns))
+        return cls(query, gallery, people_labels(data))
 
     def results(self) -> QueryResults:
         """What each query found; its `metrics()` are CMC, mAP and mINP."""
@@ -46,6 +41,22 @@ class PeopleEvaluation(NamedTuple):
     def ranked_lists(self, k: int = 10) -> RankedLists:
         """The k gallery images nearest to each query, without junk."""
         return ranked_lists(self.query, self.gallery, *self.labels, k=k)
+
+
+def people_labels(data: datasets.DatasetDict) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Person ids of query and gallery, then camera ids of query and gallery: the order that retrieval functions take.
+
+    Args:
+        data: From `load_reid`.
+
+    Raises:
+        ValueError: If nothing can be measured with these labels, such as of one camera.
+    """
+    labels = tuple(
+        np.asarray(data[split][column][:]) for column in ('person_id', 'camera_id') for split in ('query', 'gallery')
+    )
+    check_labels(*labels)
+    return labels
 
 
 def embed_people(

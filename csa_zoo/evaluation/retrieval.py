@@ -228,10 +228,7 @@ class QueryResults:
         """
         valid = self.is_valid
         if not valid.any():
-            raise ValueError(
-                f'none of {len(self)} queries has an image of its person from another camera in the gallery: '
-                'check the ids, and that both sets number cameras alike'
-            )
+            raise _nothing_to_find(len(self))
         if any(k < 1 for k in ranks):
             raise ValueError(f'ranks must be at least 1, not {tuple(ranks)}')
         measures = {'mAP': self.ap[valid], 'mAP_market': self.ap_market[valid], 'mINP': self.inp[valid]}
@@ -294,6 +291,33 @@ class QueryResults:
         parts: list[QueryResults] = [self] * dist.get_world_size()
         dist.all_gather_object(parts, self)
         return QueryResults.concatenate(parts)
+
+
+def check_labels(query_ids: Labels, gallery_ids: Labels, query_cams: Labels, gallery_cams: Labels) -> None:
+    """Make sure, before there are embeddings, that the metrics of these labels exist.
+
+    Args:
+        query_ids: As in `reid_metrics`, as are the others.
+
+    Raises:
+        ValueError: As `reid_metrics` for its labels.
+    """
+    if not len(query_ids):
+        raise ValueError('there are no query images')
+    labels = SingleQuery(query_ids, gallery_ids, query_cams, gallery_cams, len(query_ids), len(gallery_ids))
+    cameras: dict[int, set[int]] = {}  # that the gallery shows a person from
+    for index in labels.kept:
+        cameras.setdefault(int(labels.gallery_ids[index]), set()).add(int(labels.gallery_cams[index]))
+    queries = zip(labels.query_ids.tolist(), labels.query_cams.tolist(), strict=True)
+    if not any(cameras.get(person, set()) - {camera} for person, camera in queries):
+        raise _nothing_to_find(len(labels.query_ids))
+
+
+def _nothing_to_find(num_queries: int) -> ValueError:
+    return ValueError(
+        f'none of {num_queries} queries has an image of its person from another camera in the gallery: '
+        'check the ids, and that both sets number cameras alike'
+    )
 
 
 class SingleQuery:

@@ -24,9 +24,9 @@ from torch import nn
 
 import csa_zoo  # noqa: F401
 from csa_zoo.attention import CompressedSelfAttention
+from csa_zoo.checkpoints import load_model, registered_checkpoints
 from csa_zoo.data import cache_images, load_reid, normalize
 from csa_zoo.evaluation.embedding import embed
-from csa_zoo.hub import CONFIG, check_repository, check_weights, registered_checkpoints
 
 RANKS = 10
 EXAMPLES = 8
@@ -51,8 +51,8 @@ run, `hf-hub:owner/name`.
 """
 
 
-def load_model(name: str, channels: int) -> nn.Module:
-    """A model with trained weights, checked before they are read.
+def load_trained(name: str, channels: int) -> nn.Module:
+    """A model whose weights were trained for its task, not those of timm's ImageNet backbones.
 
     Args:
         name: Folder of a run, `hf-hub:owner/name`, or a name of the zoo that has trained weights.
@@ -62,26 +62,13 @@ def load_model(name: str, channels: int) -> nn.Module:
         FileNotFoundError: If the folder is not a run's.
         ValueError: If nothing trained has this name, the files are damaged, or the model takes other images.
     """
-    if name.startswith('hf-hub:'):
-        repo_id, _, revision = name.removeprefix('hf-hub:').partition('@')
-        source = f'hf-hub:{repo_id}@{check_repository(repo_id, revision or None)}'
-    elif Path(name).is_dir():
-        if not (Path(name) / CONFIG).is_file():
-            raise FileNotFoundError(f'{name} has no {CONFIG}: give the folder of a run that finished an epoch')
-        check_weights(name)
-        source = f'local-dir:{name}'
-    elif name in (trained := registered_checkpoints()):
-        source = name
-    else:
+    trained = registered_checkpoints()
+    if not (name.startswith('hf-hub:') or Path(name).is_dir() or name in trained):
         raise ValueError(
             f'{name} is no folder, no hf-hub:owner/name, and no model of the zoo with trained weights '
             f'({", ".join(trained) or "none has any yet"})'
         )
-    model = timm.create_model(source, pretrained=True).eval()
-    size = model.pretrained_cfg['input_size']
-    if size[0] != channels:
-        raise ValueError(f'{name} takes images of {size[0]} channels, not of {channels}')
-    return model
+    return load_model(name, channels)
 
 
 class Gallery:
@@ -91,7 +78,7 @@ class Gallery:
         """Embed the images, each the picture of one person.
 
         Args:
-            model: From `load_model`.
+            model: From `load_trained`.
             paths: Image files.
         """
         config = model.pretrained_cfg
@@ -205,12 +192,12 @@ def build_app(reid: str | None = None, descriptor: str | None = None, gallery: s
     """The page with its three tabs; a tab whose model is missing says so.
 
     Args:
-        reid: Model for people, as in `load_model`.
-        descriptor: Model for patches, as in `load_model`.
+        reid: Model for people, as in `load_trained`.
+        descriptor: Model for patches, as in `load_trained`.
         gallery: Folder of images to search; a few rendered people if None.
     """
-    people = load_model(reid, 3) if reid else None
-    patches = load_model(descriptor, 1) if descriptor else None
+    people = load_trained(reid, 3) if reid else None
+    patches = load_trained(descriptor, 1) if descriptor else None
     with gr.Blocks(title='csa_zoo', analytics_enabled=False, delete_cache=(HOUR, HOUR)) as app:
         gr.Markdown('# Compressed self-attention')
         with gr.Tab('Search people'):
