@@ -128,9 +128,7 @@ def check_architecture(name: str, family: str) -> None:
         ValueError: If it is not; names those that are.
     """
     known = timm.list_models(module=family)
-    if name not in known and name not in timm.list_pretrained():
-        raise ValueError(f'--model {name}: there is no such model; choose from {", ".join(known)}')
-    if name.split('.')[0] not in known:
+    if name not in known and (name.split('.')[0] not in known or name not in timm.list_pretrained()):
         raise ValueError(f'--model {name}: this script trains {", ".join(known)}')
 
 

@@ -359,7 +359,7 @@ def test_every_command_of_the_readme_parses():
     ('arguments', 'message'),
     [
         (['--model=l2net_hardnet'], 'this script trains resnet18_pcb'),
-        (['--model=resnet18_pbc'], 'there is no such model; choose from'),
+        (['--model=resnet18_pbc'], '--model resnet18_pbc: this script trains'),
         (['--attn_kwargs={"num_map": 2}', '--model=resnet18_pcb_csa'], '--attn_kwargs or --model_args: .*num_map'),
         (['--data_options={"num_people": 8}'], '--data_options: .*num_people'),
     ],
