@@ -421,17 +421,17 @@ class TestCommand:
         ('second', 'options', 'message'),
         [
             ('flat.png', [], 'flat.png: SIFT finds no keypoint in it'),
-            ('none.png', [], 'none.png cannot be decoded'),
+            ('none.png', [], 'no photograph {files}/none.png'),
             ('text.png', [], 'text.png cannot be decoded'),
-            ('b.jpg', ['--keypoints', '0'], '--keypoints is 0'),
+            ('b.jpg', ['--keypoints', '0'], 'argument --keypoints: must be at least 1, got 0'),
         ],
     )
     def test_errors(self, run, files, capsys, second, options, message):
         (files / 'text.png').write_text('not an image')
         with pytest.raises(SystemExit) as exit_:
             main(['match', str(files / 'a.png'), str(files / second), '--model', run, *options])
-        assert exit_.value.code == 1
-        assert message in capsys.readouterr().err
+        assert exit_.value.code == (2 if options else 1)  # argparse's own
+        assert message.format(files=files) in capsys.readouterr().err
 
     def test_help_shows_an_example(self, capsys):
         with pytest.raises(SystemExit):
